@@ -1,0 +1,24 @@
+"""histill: small, robust pathology encoders, distilled from large ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from histill.distill import distill
+    from histill.models import load_encoder
+
+__all__ = ["__version__", "distill", "load_encoder"]
+
+_WHERE = {"distill": "histill.distill", "load_encoder": "histill.models"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public functions on first use, so that ``import histill`` stays light."""
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'histill' has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""``python -m histill``."""
+
+import sys
+
+from histill.cli import main
+
+sys.exit(main())
