@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from histill.distill import distill
     from histill.models import load_encoder
 
-__all__ = ["__version__", "distill", "load_encoder"]
+__all__ = ["__version__", "load_encoder"]
 
-_WHERE = {"distill": "histill.distill", "load_encoder": "histill.models"}
+_WHERE = {"load_encoder": "histill.models"}
 
 
 def __getattr__(name: str) -> Any:

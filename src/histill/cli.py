@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from histill import __version__
@@ -32,11 +33,17 @@ def _help() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status (0 done, 1 a user's error, 2 a wrong command line)."""
+    """Run one command and return its exit status (0 done, 1 a user's error, 2 a wrong command line).
+
+    A command's own options are read by tyro, which leaves with :class:`SystemExit` (2, or 0 after ``--help``).
+    """
     args = sys.argv[1:] if argv is None else argv
-    if not args or args[0] in ("-h", "--help"):
-        print(_help())
-        return 0 if args else 2
+    if not args:
+        print(_help(), end="", file=sys.stderr)
+        return 2
+    if args[0] in ("-h", "--help"):
+        print(_help(), end="")
+        return 0
     if args[0] == "--version":
         print(f"histill {__version__}")
         return 0
@@ -49,10 +56,14 @@ def main(argv: list[str] | None = None) -> int:
             )
         module, _ = COMMANDS[args[0]]
         status: int = importlib.import_module(module).run(args[1:])
+        sys.stdout.flush()
         return status
     except HistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if args[0] not in COMMANDS else 1
+    except BrokenPipeError:  # the reader went away, as in "histill models | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -30,11 +31,18 @@ def parse(config_class: type[T], argv: Sequence[str], *, prog: str, description:
         For ``--help``.
     default
         An instance whose values are the defaults (a preset).
+
+    Raises
+    ------
+    SystemExit
+        Status 2 for a wrong option or value, 0 after ``--help``.
+    ConfigError
+        For a number that JSON cannot hold (NaN, infinity): the run's ``config.json`` must be able to repeat it.
     """
     import tyro
 
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
+    parsed = tyro.cli(
         config_class,
         args=list(argv),
         prog=prog,
@@ -42,10 +50,11 @@ def parse(config_class: type[T], argv: Sequence[str], *, prog: str, description:
         config=(tyro.conf.FlagConversionOff,),
         **kwargs,
     )
+    return from_dict(config_class, to_dict(parsed), where="command line")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON-ready values (paths as text, tuples as lists)."""
+    """Turn a config into JSON-ready values: paths as text, tuples as lists."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -78,9 +87,7 @@ def from_dict(config_class: type[T], values: dict[str, Any], *, where: str = "co
     missing = [
         name
         for name, field in fields.items()
-        if name not in built
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"missing key{'s' * (len(missing) > 1)} {', '.join(missing)}", where=where)
@@ -88,38 +95,74 @@ def from_dict(config_class: type[T], values: dict[str, Any], *, where: str = "co
 
 
 def _build(hint: Any, value: Any, where: str) -> Any:
-    origin = get_origin(hint)
+    """Check ``value`` against the type ``hint`` of its field, and make paths, tuples, groups and floats of it."""
+    origin, options = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError("a group of settings is needed here", where=where, got=repr(value))
         return from_dict(typing.cast(type, hint), value, where=where)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in get_args(hint):
-            return None
-        options = [option for option in get_args(hint) if option is not type(None)]
-        errors: list[ConfigError] = []
-        for option in options:
-            try:
-                return _build(option, value, where)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0]
+        return _build_union(options, value, where)
     if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError("a value that is not offered", where=where, got=repr(value), allowed=get_args(hint))
+        # by type too, since True == 1 == 1.0
+        if not any(type(value) is type(option) and value == option for option in options):
+            offered = ", ".join(map(str, options))
+            remedy = nearest(value, map(str, options)) if isinstance(value, str) else None
+            raise ConfigError(
+                "a value that is not offered", where=where, got=repr(value), allowed=offered, remedy=remedy
+            )
         return value
     if origin is tuple:
-        inner = get_args(hint)[0]
-        if not isinstance(value, list | tuple):
-            raise ConfigError("a list is needed here", where=where, got=repr(value))
-        return tuple(_build(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
-    if hint is Path and isinstance(value, str):
+        return _build_tuple(options, value, where)
+    assert isinstance(hint, type), f"{where}: a config field cannot have the type {hint}"
+    if hint is Path and isinstance(value, str | Path):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
-        raise ConfigError("a value of a wrong type", where=where, got=repr(value), allowed=hint.__name__)
+        raise ConfigError("a value of a wrong type", where=where, got=repr(value), allowed=_name(hint))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError("a number that is not finite", where=where, got=value, allowed="a finite float")
     return value
+
+
+def _build_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Build by the first option that takes the value as it is; an int becomes a float only when no option is int."""
+    if value is None and type(None) in options:
+        return None
+    kinds = [option for option in options if option is not type(None)]
+    kinds.sort(key=lambda option: option is not type(value))
+    errors: list[ConfigError] = []
+    for option in kinds:
+        try:
+            return _build(option, value, where)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise ConfigError("a value of a wrong type", where=where, got=repr(value), allowed=" or ".join(map(_name, options)))
+
+
+def _build_tuple(options: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError("a list is needed here", where=where, got=repr(value))
+    if len(options) == 2 and options[1] is Ellipsis:
+        options = (options[0],) * len(value)
+    if len(options) != len(value):
+        raise ConfigError(
+            "a list of a wrong length", where=where, got=f"{len(value)} values", allowed=f"{len(options)} values"
+        )
+    return tuple(
+        _build(option, item, f"{where}[{index}]")
+        for index, (option, item) in enumerate(zip(options, value, strict=True))
+    )
+
+
+def _name(hint: Any) -> str:
+    """Name a type as a user reads it."""
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def save(config: Any, path: Path) -> None:
@@ -128,13 +171,21 @@ def save(config: Any, path: Path) -> None:
 
 
 def load(config_class: type[T], path: Path) -> T:
-    """Read a config that :func:`save` wrote."""
+    """Read a config that :func:`save` wrote.
+
+    Raises
+    ------
+    ConfigError
+        When the file is absent, unreadable, not JSON, or not of this config's shape.
+    """
     try:
         values = files.read_json(path)
     except FileNotFoundError:
         raise ConfigError("this config file does not exist", where=path) from None
+    except OSError as error:
+        raise ConfigError("this config file cannot be read", where=path, got=error.strerror) from None
     except ValueError as error:
         raise ConfigError("this config file is not valid JSON", where=path, got=error) from None
     if not isinstance(values, dict):
         raise ConfigError("a config file holds one JSON object", where=path, got=type(values).__name__)
-    return from_dict(config_class, values, where=str(path))
+    return from_dict(config_class, values, where=f"{path}: config")

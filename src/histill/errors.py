@@ -82,6 +82,7 @@ class MissingExtraError(HistillError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str | None:
-    """The known names most like ``name``, as text for ``allowed``; None when nothing is near."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
-    return f"did you mean {' or '.join(close)}?" if close else None
+    """Find the known names most like ``name``, whatever the case, as text for ``remedy``; None when nothing is near."""
+    by_lower = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.4)
+    return f"did you mean {' or '.join(by_lower[entry] for entry in close)}?" if close else None

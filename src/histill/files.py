@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,21 +23,23 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _temporary_name(target: Path, suffix: str = "") -> Path:
+    """Name a file or folder beside ``target``; made by plain open or mkdir, it gets ordinary permissions (umask)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent / f".tmp-{secrets.token_hex(8)}{suffix}"
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; it becomes ``target`` when the block ends without an error.
 
-    The suffix of ``target`` is kept, since some writers choose the format by it.
+    The suffix of ``target`` is kept, since some writers choose the format by it. A process that is killed inside the
+    block leaves the old ``target`` and a file ``.tmp-*`` beside it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=".tmp-", suffix=target.suffix, dir=target.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary_name(target, target.suffix)
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; the result is an ordinary file
         _fsync(temporary)
         temporary.replace(target)
         _fsync(target.parent)
@@ -49,26 +51,28 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder; when the block ends without an error it becomes ``target``.
 
-    An older ``target`` is replaced. A kill between the two renames leaves ``target`` absent, never half.
+    An older ``target`` is replaced. A kill between the two renames leaves ``target`` absent, never half; the older one
+    then stands beside it as ``.old-*``. When the second rename fails, the older one is put back.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+    temporary = _temporary_name(target)
+    retired = temporary.with_name(temporary.name.replace(".tmp-", ".old-"))
     try:
+        temporary.mkdir()
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for path in temporary.rglob("*"):
-            if path.is_file():
+        for path in [*temporary.rglob("*"), temporary]:
+            if not path.is_symlink():
                 _fsync(path)
         if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
-            target.replace(retired / "old")
+            target.replace(retired)
+        try:
             temporary.replace(target)
-            shutil.rmtree(retired)
-        else:
-            temporary.replace(target)
+        except BaseException:
+            if retired.exists():
+                retired.replace(target)
+            raise
         _fsync(target.parent)
+        if retired.exists():
+            shutil.rmtree(retired)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -90,6 +94,6 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hash a file's bytes: SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""`histill demo`: slides to student to report, offline."""

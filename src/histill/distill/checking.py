@@ -1,0 +1,146 @@
+"""Is the student learning? Agreement with the teacher, collapse, and scores on labelled and paired tables.
+
+Shapes: N tiles, D and E channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from histill.evaluate.agreement import collapse_warning, effective_rank, knn_overlap, linear_cka, mean_pairwise_cosine
+from histill.evaluate.checks import Check, find_checks, kind_of, load_check
+from histill.evaluate.retention import retention
+from histill.models.encoder import Encoder, Tokens
+from histill.tiles.images import ImageFolder, UnreadableTileError, read_table
+from histill.tiles.order import tile_at
+
+__all__ = ["Checker", "Scores", "check_tables", "held_out_paths", "retentions", "sample_tiles"]
+
+_BATCH = 64
+
+Scores = dict[str, dict[str, float]]
+"""Table -> metric -> value."""
+
+
+def check_tables(tiles: Path) -> tuple[Path, ...]:
+    """The labelled and paired tables that lie directly in a folder of tiles."""
+    return tuple(find_checks(tiles)) if tiles.is_dir() else ()
+
+
+def held_out_paths(tiles: Path, tables: tuple[Path, ...]) -> set[str]:
+    """Tiles that the labelled tables mark as split = test, relative to the folder of tiles."""
+    found = set()
+    for table in tables:
+        if kind_of(table) == "labelled":
+            base = Path(os.path.relpath(table.parent, tiles))
+            rows = read_table(table, ["path", "split"])
+            found |= {(base / row["path"]).as_posix() for row in rows if row["split"] == "test"}
+    return found
+
+
+class Checker:
+    """Scores the student during a run; the teacher and an untrained student are scored once.
+
+    Parameters
+    ----------
+    tables
+        Labelled and paired tables.
+    source
+        The training set, for the agreement.
+    image_px
+        Side to which every tile is resized.
+    agreement_tiles
+        Number of tiles for the agreement.
+    autocast
+        Precision of the networks.
+    """
+
+    def __init__(
+        self,
+        tables: tuple[Path, ...],
+        source: ImageFolder,
+        image_px: int,
+        agreement_tiles: int,
+        autocast: torch.autocast,
+    ) -> None:
+        self.image_px, self._autocast = image_px, autocast
+        self.checks: dict[str, Check] = {table.stem: load_check(table, image_px) for table in tables}
+        self._tiles_NCHW = sample_tiles(source, agreement_tiles, image_px)
+        self._teacher_ND: NDArray[np.float32] | None = None
+
+    def scores(self, encoder: Encoder) -> Scores:
+        """Every metric of every table, for one encoder."""
+        embed = self._embedding(encoder)
+        return {name: check.score(check.features(embed, batch=_BATCH)) for name, check in self.checks.items()}
+
+    def agreement(self, student: Encoder, teacher: Encoder) -> tuple[dict[str, float], str | None]:
+        """Linear CKA, neighbour overlap and effective ranks on tiles of the training set, and a warning on collapse."""
+        if self._teacher_ND is None:
+            self._teacher_ND = self._features(self._embedding(teacher))
+        teacher_ND, student_NE = self._teacher_ND, self._features(self._embedding(student))
+        ranks = {"student_rank": effective_rank(student_NE), "teacher_rank": effective_rank(teacher_ND)}
+        warning = collapse_warning(
+            ranks["student_rank"],
+            ranks["teacher_rank"],
+            student_NE.shape[1],
+            mean_cosine=mean_pairwise_cosine(student_NE),
+        )
+        return {
+            "cka": linear_cka(student_NE, teacher_ND),
+            "knn_overlap": knn_overlap(student_NE, teacher_ND),
+            **ranks,
+        }, warning
+
+    def _embedding(self, encoder: Encoder) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The class token of uint8 tiles, at the nearest size that the encoder can take."""
+        side = max(1, round(self.image_px / encoder.patch_px)) * encoder.patch_px
+        device = next(encoder.parameters()).device
+
+        @torch.no_grad()
+        def embed(tiles_BCHW: torch.Tensor) -> torch.Tensor:
+            images_BCHW = tiles_BCHW.to(device).float() / 255
+            if side != images_BCHW.shape[-1]:
+                images_BCHW = F.interpolate(images_BCHW, size=(side, side), mode="bilinear", antialias=True)
+            with self._autocast:
+                tokens: Tokens = encoder(images_BCHW)
+            return tokens.cls_BD.float().cpu()
+
+        return embed
+
+    def _features(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
+        return torch.cat([embed(tiles_BCHW) for tiles_BCHW in self._tiles_NCHW.split(_BATCH)]).numpy()
+
+
+def retentions(student: Scores, teacher: Scores, untrained: Scores) -> Scores:
+    """(student - untrained) / (teacher - untrained) of each metric where the teacher is the better one."""
+    found: Scores = {}
+    for table, metrics in student.items():
+        for metric, value in metrics.items():
+            share = retention(value, teacher[table][metric], untrained[table][metric])
+            if share is not None:
+                found.setdefault(table, {})[metric] = share
+    return found
+
+
+def sample_tiles(source: ImageFolder, wanted: int, image_px: int) -> torch.Tensor:
+    """The first readable tiles of a shuffled order that is the same in every run, uint8 (N, 3, px, px)."""
+    tiles = []
+    for index in tile_at(np.arange(len(source)), len(source), seed=0):
+        try:
+            tile_CHW = torch.from_numpy(source.read(int(index)).copy()).permute(2, 0, 1)
+        except UnreadableTileError:
+            continue  # counted and named when its turn comes in training
+        resized_1CHW = F.interpolate(
+            tile_CHW[None].float(), size=(image_px, image_px), mode="bilinear", antialias=True, align_corners=False
+        )
+        tiles.append(resized_1CHW.round().clamp(0, 255).to(torch.uint8))
+        if len(tiles) == wanted:
+            break
+    return torch.cat(tiles)

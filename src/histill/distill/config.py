@@ -1,0 +1,245 @@
+"""Everything that a distillation run can be told. No torch here: the command line reads this module alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from histill.distill.views.config import ViewConfig
+from histill.errors import ConfigError
+
+__all__ = ["CheckConfig", "DistillConfig", "ObjectiveConfig", "OptimiserConfig"]
+
+
+def _require(holds: bool, what: str, field_name: str, got: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(what, where=f"--{field_name.replace('_', '-')}", got=got, allowed=allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """What the student is asked to match. A weight of 0 switches a term off."""
+
+    dino: float = 1.0
+    """Weight of the DINO loss: class token against teacher prototypes, across crops."""
+    ibot: float = 1.0
+    """Weight of the iBOT loss: patch tokens against teacher prototypes, same crop, same place."""
+    koleo: float = 0.1
+    """Weight of KoLeo on the student's class token, per view."""
+    token_cls: float = 0.0
+    """Weight of cosine + smooth-L1 from the class token to the standardised teacher class token."""
+    token_patch: float = 0.0
+    """Weight of cosine + smooth-L1 from patch tokens to the standardised teacher patch tokens."""
+    relational: float = 0.0
+    """Weight of the distance and angle loss between the class tokens of a batch."""
+    teacher_head: Literal["prototypes", "checkpoint", "none"] = "prototypes"
+    """Where the teacher's scores come from: k-means prototypes on its own tokens, heads in a file, or nowhere."""
+    head_checkpoint: Path | None = None
+    """For teacher_head = checkpoint: a safetensors file with the heads (dino_head.*, ibot_head.*)."""
+    standardiser: Literal["mean-std", "phi-s"] = "mean-std"
+    """How teacher tokens are standardised: per channel, or PHI-S (equal variance in every rotated channel)."""
+    cls_prototypes: int = 0
+    """Prototypes for the class token; 0: one for 8 tiles, a power of two from 64 to 131,072."""
+    patch_prototypes: int = 0
+    """Prototypes for patch tokens; 0: one for 256 tokens of the set, a power of two from 64 to 131,072."""
+    ibot_tokens: Literal["all", "block", "random"] = "all"
+    """Which patch tokens iBOT scores. The student's input is never masked."""
+    ibot_share: float = 0.3
+    """For block and random: the share of tokens that is scored in an image."""
+    teacher_temperature: float = 0.07
+    """Temperature of the teacher's scores after the warm-up."""
+    teacher_temperature_start: float = 0.04
+    """Temperature of the teacher's scores at step 0."""
+    teacher_temperature_warmup: float = 0.1
+    """Share of the run over which the temperature rises linearly."""
+    student_temperature: float = 0.1
+    """Temperature of the student's scores."""
+    sinkhorn_iterations: int = 3
+    """Sinkhorn-Knopp iterations that balance the teacher's scores over the prototypes."""
+    head_hidden: int = 2048
+    """Width of the student heads' hidden layers."""
+    head_bottleneck: int = 256
+    """Width of the student heads' bottleneck."""
+    adaptor_hidden: int = 0
+    """Hidden width of the adaptor from student to teacher tokens; 0: linear."""
+    fit_tiles: int = 20_000
+    """Tiles at most from which statistics and prototypes are fitted before step 0."""
+
+    def __post_init__(self) -> None:
+        """Check each field, and that the terms fit the teacher's head."""
+        weights = ("dino", "ibot", "koleo", "token_cls", "token_patch", "relational")
+        for name in weights:
+            value = getattr(self, name)
+            _require(value >= 0, "a loss weight cannot be negative", f"objective.{name}", value, "0 or more")
+        if not any(getattr(self, name) for name in weights if name != "koleo"):
+            raise ConfigError(
+                "nothing ties the student to the teacher: every distilling loss has weight 0",
+                where="--objective",
+                remedy="give a weight to dino, ibot, token-cls, token-patch or relational",
+            )
+        prototype_terms = self.dino + self.ibot > 0
+        if prototype_terms and self.teacher_head == "none":
+            raise ConfigError(
+                "DINO and iBOT need teacher scores",
+                where="--objective.teacher-head",
+                got="none",
+                allowed="prototypes or checkpoint, or --objective.dino 0 --objective.ibot 0",
+            )
+        if self.teacher_head == "checkpoint" and self.head_checkpoint is None:
+            raise ConfigError("teacher_head = checkpoint needs a file", where="--objective.head-checkpoint")
+        for name in ("teacher_temperature", "teacher_temperature_start", "student_temperature"):
+            value = getattr(self, name)
+            _require(value > 0, "a temperature must be positive", f"objective.{name}", value, "above 0")
+        for name in ("teacher_temperature_warmup", "ibot_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, "a share is between 0 and 1", f"objective.{name}", value, "0 to 1")
+        for name in ("cls_prototypes", "patch_prototypes", "adaptor_hidden"):
+            value = getattr(self, name)
+            _require(value >= 0, "a count cannot be negative", f"objective.{name}", value, "0 or more")
+        for name in ("head_hidden", "head_bottleneck", "fit_tiles"):
+            value = getattr(self, name)
+            _require(value > 0, "a size must be positive", f"objective.{name}", value, "1 or more")
+        _require(
+            self.sinkhorn_iterations >= 1,
+            "Sinkhorn needs an iteration",
+            "objective.sinkhorn_iterations",
+            self.sinkhorn_iterations,
+            "1 or more",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserConfig:
+    """AdamW and its schedules."""
+
+    base_lr: float = 2e-4
+    """Learning rate for 1,024 tiles a step; the peak is base_lr * sqrt(batch_tiles / 1024)."""
+    warmup: float = 0.1
+    """Share of the run over which the learning rate rises linearly; after it, a cosine to final_lr."""
+    final_lr: float = 1e-6
+    """Learning rate at the end, not scaled."""
+    weight_decay: float = 0.04
+    """Weight decay at step 0; none on biases, norms and layer scales."""
+    weight_decay_end: float = 0.2
+    """Weight decay at the end (cosine)."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.999
+    """AdamW's second decay rate."""
+    clip: float = 3.0
+    """Largest norm of the student's gradient; 0: no limit."""
+    freeze_last_layer: float = 0.0125
+    """Share of the run in which the heads' last layers stand still (DINOv2: 1 of 80 epochs or more)."""
+    ema: float = 0.994
+    """Momentum of the student's moving average at step 0; it rises to 1 along a cosine."""
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        _require(self.base_lr > 0, "must be positive", "optimiser.base_lr", self.base_lr, "above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 < value < 1, "out of range", f"optimiser.{name}", value, "between 0 and 1")
+        for name in ("warmup", "freeze_last_layer", "ema"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, "out of range", f"optimiser.{name}", value, "0 to 1")
+        for name in ("final_lr", "weight_decay", "weight_decay_end", "clip"):
+            value = getattr(self, name)
+            _require(value >= 0, "cannot be negative", f"optimiser.{name}", value, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """Is it learning? Looked at every n steps and at the end."""
+
+    every_steps: int = 0
+    """Steps between two checks; 0: ten checks over the run."""
+    tables: tuple[Path, ...] = ()
+    """CSV tables to check on: path,label,slide,split (probes) or path,slide,scanner,x,y (scanner retrieval).
+    None given: every such table that lies directly in the folder of tiles."""
+    agreement_tiles: int = 512
+    """Tiles on which the agreement with the teacher is measured."""
+    hold_out_test: bool = True
+    """Keep the tiles that a labelled table marks as split = test out of the training set."""
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        _require(self.every_steps >= 0, "cannot be negative", "checks.every_steps", self.every_steps, "0 or more")
+        _require(
+            self.agreement_tiles >= 32, "too few tiles", "checks.agreement_tiles", self.agreement_tiles, "32 or more"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig:
+    """One distillation run: teacher -> student."""
+
+    teacher: str = ""
+    """A name from `histill models`, or timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER."""
+    student: str = "h0-mini"
+    """A name from `histill models --students`."""
+    tiles: Path | None = None
+    """Folder of tile images, at any depth."""
+    table: Path | None = None
+    """CSV with a column `path`: take only these tiles."""
+    out: Path | None = None
+    """Folder of the run. The same command again goes on where it stopped."""
+    steps: int = 0
+    """Length of the run in optimizer steps."""
+    minutes: float = 0.0
+    """Length of the run in minutes, turned into steps by a short measurement at the start."""
+    batch_tiles: int = 64
+    """Tiles a step, over all processes."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    init: str = "random"
+    """How the student starts: random, a model bundle (local-dir:FOLDER), or teacher (a subset of its layers)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast of the networks; auto: bf16 where the processor has it. Weights and losses are float32."""
+    loader_threads: int = 1
+    """Threads that decode tiles ahead of the step."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard (extra `tensorboard`)."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    checks: CheckConfig = field(default_factory=CheckConfig)
+
+    def __post_init__(self) -> None:
+        """Check each field and how they fit each other."""
+        _require(self.steps >= 0, "cannot be negative", "steps", self.steps, "0 or more")
+        _require(self.minutes >= 0, "cannot be negative", "minutes", self.minutes, "0 or more")
+        if self.steps and self.minutes:
+            raise ConfigError("a run has one length", where="--steps and --minutes", remedy="give one of the two")
+        _require(self.batch_tiles >= 2, "too few tiles a step", "batch_tiles", self.batch_tiles, "2 or more")
+        _require(self.seed >= 0, "cannot be negative", "seed", self.seed, "0 or more")
+        _require(self.loader_threads >= 0, "cannot be negative", "loader_threads", self.loader_threads, "0 or more")
+        _require(self.keep_checkpoints >= 1, "too few", "keep_checkpoints", self.keep_checkpoints, "1 or more")
+        _require(
+            self.checkpoint_minutes > 0, "must be positive", "checkpoint_minutes", self.checkpoint_minutes, "above 0"
+        )
+        if self.objective.dino and self.views.n_global * (self.views.n_global - 1 + self.views.n_local) == 0:
+            raise ConfigError(
+                "DINO compares a crop with another crop's teacher scores",
+                where="--views",
+                got=f"{self.views.n_global} global and {self.views.n_local} local crops",
+                allowed="two global crops, or one and some local ones",
+            )
+
+    def require_complete(self) -> None:
+        """Check that the fields without a usable default are given (presets leave them open)."""
+        for name, value, remedy in (
+            ("teacher", self.teacher, "give --teacher NAME; `histill models` lists the known ones"),
+            ("tiles", self.tiles, "give --tiles FOLDER, the folder of tile images"),
+            ("out", self.out, "give --out FOLDER, where the run is written"),
+        ):
+            if not value:
+                raise ConfigError(f"the {name} is missing", where=f"--{name}", remedy=remedy)
+        if not self.steps and not self.minutes:
+            raise ConfigError("the length of the run is missing", where="--steps", remedy="give --steps or --minutes")

@@ -1,0 +1,31 @@
+"""Losses between a teacher and a student: pure functions of tensors; sums over ranks are passed in as ``reduce``."""
+
+from __future__ import annotations
+
+from histill.distill.losses.chunked import PrototypeLoss, chunked_prototype_loss
+from histill.distill.losses.koleo import koleo_loss
+from histill.distill.losses.masks import block_masks, random_masks
+from histill.distill.losses.prototype import dino_loss, ibot_loss, token_weights
+from histill.distill.losses.relational import RelationalLoss, relational_loss, token_similarity_loss
+from histill.distill.losses.sinkhorn import Reduce, centred_softmax, sinkhorn, update_centre
+from histill.distill.losses.tokens import TokenLoss, token_loss
+
+__all__ = [
+    "PrototypeLoss",
+    "Reduce",
+    "RelationalLoss",
+    "TokenLoss",
+    "block_masks",
+    "centred_softmax",
+    "chunked_prototype_loss",
+    "dino_loss",
+    "ibot_loss",
+    "koleo_loss",
+    "random_masks",
+    "relational_loss",
+    "sinkhorn",
+    "token_loss",
+    "token_similarity_loss",
+    "token_weights",
+    "update_centre",
+]

@@ -1,0 +1,40 @@
+"""Which device and which precision a run computes with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from histill.errors import ConfigError
+
+__all__ = ["autocast_for", "pick_device"]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            "there is no such device", where="--device", got=name, allowed="auto, cpu, cuda, cuda:N"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no GPU can be reached", where="--device", got=name, allowed="auto or cpu on this machine")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are computed by the processor itself, not emulated."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast_for(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
+    """The autocast context of the networks; it can be entered many times."""
+    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,121 @@
+"""What a run writes while it goes on, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from histill import files
+from histill.errors import MissingExtraError, RunError
+
+__all__ = ["MetricsLog", "Stop", "one_process", "read_rows"]
+
+
+@dataclass(slots=True)
+class Stop:
+    """Whether the run was asked to stop: SIGTERM, or Ctrl-C."""
+
+    asked: bool = False
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Take the signals while the block runs; outside of the main thread nothing is changed."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: signals are the caller's affair
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """Hold a run folder; a second process gets an error instead of mixing its files in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                "another process works in this run folder",
+                where=folder,
+                remedy="wait until it ends, or give another --out",
+            ) from None
+        yield
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, each step once.
+
+    Opening it for a run that goes on from ``first_step`` drops the rows of later steps, which will come again.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        self._path, self._first_step = folder / "metrics.jsonl", first_step
+        self._board = _tensorboard(folder) if tensorboard else None
+
+    def __enter__(self) -> MetricsLog:
+        kept = [line for line in read_rows(self._path) if line["step"] < self._first_step]
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it has a ``step``."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _flat(row):
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; the torn last line of a killed process is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError(
+            "TensorBoard is not installed", where="--tensorboard", remedy="pip install 'histill[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,52 @@
+"""Schedules: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from histill.distill.config import DistillConfig
+
+__all__ = ["Scheduled", "cosine", "scheduled"]
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """From ``start`` at progress 0 to ``end`` at progress 1 along half a cosine."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """What changes from step to step."""
+
+    lr: float
+    """Learning rate."""
+    last_layer_lr: float
+    """Learning rate of the heads' last layers: 0 while they are frozen."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    teacher_temperature: float
+    """Temperature of the teacher's scores."""
+    ema_momentum: float
+    """Momentum of the student's moving average."""
+
+
+def scheduled(config: DistillConfig, step: int, steps: int) -> Scheduled:
+    """The values at ``step`` of ``steps``; the first step has a learning rate above 0."""
+    optimiser, objective = config.optimiser, config.objective
+    peak = optimiser.base_lr * math.sqrt(config.batch_tiles / 1024)
+    warmup_steps = round(optimiser.warmup * steps)
+    if step < warmup_steps:
+        lr = peak * (step + 1) / warmup_steps
+    else:
+        lr = cosine(peak, optimiser.final_lr, (step - warmup_steps) / max(1, steps - warmup_steps))
+    progress = step / steps
+    temperature_progress = min(1.0, step / max(1.0, objective.teacher_temperature_warmup * steps))
+    start, end = objective.teacher_temperature_start, objective.teacher_temperature
+    return Scheduled(
+        lr=lr,
+        last_layer_lr=0.0 if step < optimiser.freeze_last_layer * steps else lr,
+        weight_decay=cosine(optimiser.weight_decay, optimiser.weight_decay_end, progress),
+        teacher_temperature=start + (end - start) * temperature_progress,
+        ema_momentum=cosine(optimiser.ema, 1.0, progress),
+    )

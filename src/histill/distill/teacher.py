@@ -1,0 +1,251 @@
+"""The frozen teacher, and what the student learns from it.
+
+Shapes: M images (crops x tiles), D teacher channels, E width of the space that the scores are taken in, K prototypes,
+H and W the grid of patch tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from histill import files
+from histill.distill.config import ObjectiveConfig
+from histill.distill.heads import PrototypeHead
+from histill.distill.prototypes import prototype_count, spherical_kmeans
+from histill.distill.standardise import Moments, Standardiser
+from histill.errors import ModelError, RunError
+from histill.models.encoder import Encoder
+from histill.tiles.order import mix
+
+__all__ = ["Targets", "Teacher"]
+
+_CLS_TILES_PER_PROTOTYPE = 8
+_PATCH_TOKENS_PER_PROTOTYPE = 256
+_SAMPLE_TOKENS_PER_PROTOTYPE = 128
+_CACHE_TOKENS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the teacher says of M images; no gradient."""
+
+    cls_MD: torch.Tensor
+    """Standardised class tokens, float32."""
+    patches_MHWD: torch.Tensor
+    """Standardised patch tokens, float32."""
+    cls_scores_ME: torch.Tensor | None
+    """What the class prototypes score: class scores = cls_scores_ME @ cls_prototypes.T."""
+    patch_scores_MHWE: torch.Tensor | None
+    """What the patch prototypes score."""
+
+
+class Teacher(nn.Module):
+    """A frozen encoder with its token statistics and its prototypes (or heads).
+
+    Parameters
+    ----------
+    encoder
+        The frozen teacher.
+    config
+        Which standardiser and which kind of teacher head.
+    image_px
+        Side of the crops that it will be shown.
+    """
+
+    cls_prototypes_KE: torch.Tensor | None
+    patch_prototypes_KE: torch.Tensor | None
+
+    def __init__(self, encoder: Encoder, config: ObjectiveConfig, image_px: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+        # A teacher with another patch size sees the crop at the nearest size that it can take.
+        self.image_px = max(1, round(image_px / encoder.patch_px)) * encoder.patch_px
+        self.cls_standardiser = Standardiser(encoder.embed_dim, config.standardiser)
+        self.patch_standardiser = Standardiser(encoder.embed_dim, config.standardiser)
+        self.register_buffer("cls_prototypes_KE", None)
+        self.register_buffer("patch_prototypes_KE", None)
+        self.cls_head: PrototypeHead | None = None
+        self.patch_head: PrototypeHead | None = None
+        if config.teacher_head == "checkpoint":
+            assert config.head_checkpoint is not None
+            self.cls_head, self.patch_head = _read_heads(config.head_checkpoint, encoder.embed_dim)
+            self.cls_prototypes_KE = self.cls_head.weight().detach()
+            self.patch_prototypes_KE = self.patch_head.weight().detach()
+        self.requires_grad_(False)
+        self.eval()
+
+    def tokens(self, images_MCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw class tokens (M, D) and patch tokens (M, H, W, D) of float images in 0..1."""
+        if images_MCHW.shape[-1] != self.image_px:
+            images_MCHW = F.interpolate(
+                images_MCHW, size=(self.image_px, self.image_px), mode="bilinear", antialias=True, align_corners=False
+            )
+        tokens = self.encoder(images_MCHW)
+        return tokens.cls_BD, tokens.patches_BHWD
+
+    @torch.no_grad()
+    def targets(self, images_MCHW: torch.Tensor, grid: int) -> Targets:
+        """The targets for a student whose grid of patch tokens is ``grid`` x ``grid``."""
+        cls_MD, patches_MHWD = self.tokens(images_MCHW)
+        raw_cls_MD, raw_patches_MHWD = cls_MD.float(), patches_MHWD.float()
+        if raw_patches_MHWD.shape[1] != grid:
+            # Tokens are interpolated where they stand, before the scores are taken.
+            raw_patches_MHWD = F.interpolate(
+                raw_patches_MHWD.permute(0, 3, 1, 2), size=(grid, grid), mode="bilinear", antialias=True
+            ).permute(0, 2, 3, 1)
+        with torch.autocast(images_MCHW.device.type, enabled=False):
+            cls_MD = self.cls_standardiser(raw_cls_MD)
+            patches_MHWD = self.patch_standardiser(raw_patches_MHWD)
+            if self.config.teacher_head == "none":
+                return Targets(cls_MD, patches_MHWD, None, None)
+            if self.cls_head is not None and self.patch_head is not None:
+                return Targets(
+                    cls_MD, patches_MHWD, self.cls_head.hidden(raw_cls_MD), self.patch_head.hidden(raw_patches_MHWD)
+                )
+            return Targets(cls_MD, patches_MHWD, F.normalize(cls_MD, dim=-1), F.normalize(patches_MHWD, dim=-1))
+
+    @torch.no_grad()
+    def fit(
+        self, crops: Iterable[torch.Tensor], tiles: int, set_tiles: int, seed: int, autocast: torch.autocast
+    ) -> None:
+        """Fit the statistics and the prototypes in one pass over crops of some tiles.
+
+        Moments are taken of every token; the tokens for k-means are a sample of a bounded size.
+
+        Parameters
+        ----------
+        crops
+            Batches of float images, (B, 3, H, W) in 0..1; they come from ``tiles`` tiles in all.
+        tiles
+            Number of tiles that ``crops`` is drawn from.
+        set_tiles
+            Number of tiles of the whole training set, from which the numbers of prototypes follow.
+        seed
+            Seed of the sample and of k-means.
+        autocast
+            Precision of the teacher.
+        """
+        grid_tokens = (self.image_px // self.encoder.patch_px) ** 2
+        counts = self._counts(set_tiles, grid_tokens)
+        wanted = min(_CACHE_TOKENS, _SAMPLE_TOKENS_PER_PROTOTYPE * counts[1])
+        per_tile = min(grid_tokens, max(1, math.ceil(wanted / tiles)))
+        cls_moments, patch_moments = Moments(self.encoder.embed_dim), Moments(self.encoder.embed_dim)
+        cls_sample, patch_sample = [], []
+        for number, images_BCHW in enumerate(crops):
+            with autocast:
+                cls_BD, patches_BHWD = self.tokens(images_BCHW)
+            patches_BND = patches_BHWD.flatten(1, 2)
+            if not (torch.isfinite(cls_BD).all() and torch.isfinite(patches_BND).all()):
+                raise ModelError(
+                    "the teacher's tokens are not finite", where=self.encoder.name, remedy="check the teacher's weights"
+                )
+            cls_moments.add(cls_BD)
+            patch_moments.add(patches_BND.flatten(0, 1))
+            generator = torch.Generator().manual_seed(int(mix(seed, 0xF17, number) >> 1))
+            chosen_BN = torch.rand(patches_BND.shape[:2], generator=generator).argsort(1)[:, :per_tile]
+            rows_B1 = torch.arange(len(patches_BND))[:, None]
+            cls_sample.append(cls_BD.float())
+            patch_sample.append(patches_BND[rows_B1, chosen_BN.to(patches_BND.device)].float().flatten(0, 1))
+        self.cls_standardiser.fit(cls_moments)
+        self.patch_standardiser.fit(patch_moments)
+        if self.config.teacher_head == "prototypes":
+            cls_MD = self.cls_standardiser(torch.cat(cls_sample))
+            patches_MD = self.patch_standardiser(torch.cat(patch_sample))
+            self.cls_prototypes_KE = spherical_kmeans(cls_MD, min(counts[0], len(cls_MD)), seed=seed)
+            self.patch_prototypes_KE = spherical_kmeans(patches_MD, min(counts[1], len(patches_MD)), seed=seed)
+
+    def _counts(self, set_tiles: int, grid_tokens: int) -> tuple[int, int]:
+        """Numbers of class and patch prototypes."""
+        return (
+            self.config.cls_prototypes or prototype_count(set_tiles, _CLS_TILES_PER_PROTOTYPE),
+            self.config.patch_prototypes or prototype_count(set_tiles * grid_tokens, _PATCH_TOKENS_PER_PROTOTYPE),
+        )
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Standardisers and prototypes: all that the run adds to the teacher. Never the teacher's weights."""
+        state = {f"cls_standardiser.{key}": value for key, value in self.cls_standardiser.state_dict().items()}
+        state |= {f"patch_standardiser.{key}": value for key, value in self.patch_standardiser.state_dict().items()}
+        if self.config.teacher_head == "prototypes":
+            assert self.cls_prototypes_KE is not None
+            assert self.patch_prototypes_KE is not None
+            state |= {"cls_prototypes": self.cls_prototypes_KE, "patch_prototypes": self.patch_prototypes_KE}
+        return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+    def save_statistics(self, path: Path) -> None:
+        """Write :meth:`statistics` as safetensors, atomically."""
+        with files.atomic_path(path) as temporary:
+            save_file(self.statistics(), temporary)
+
+    def load_statistics(self, path: Path) -> None:
+        """Read what :meth:`save_statistics` wrote, in place of :meth:`fit`."""
+        device = self.cls_standardiser.mean_D.device
+        try:
+            state = load_file(path, device=str(device))
+            for name in ("cls_standardiser", "patch_standardiser"):
+                part: dict[str, Any] = {
+                    key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")
+                }
+                getattr(self, name).load_state_dict(part, strict=True)
+            if self.config.teacher_head == "prototypes":
+                self.cls_prototypes_KE, self.patch_prototypes_KE = state["cls_prototypes"], state["patch_prototypes"]
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise RunError(
+                "the run's teacher statistics cannot be read",
+                where=path,
+                got=error,
+                remedy="start the run anew in another folder",
+            ) from None
+
+
+def _read_heads(path: Path, width: int) -> tuple[PrototypeHead, PrototypeHead]:
+    """The DINO and iBOT heads of a checkpoint, by DINOv2's names; one shared head serves both."""
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError("the file of teacher heads cannot be read", where=path, got=error) from None
+    heads = {
+        name: _head_of(
+            {key.split(f"{name}.", 1)[1]: value for key, value in state.items() if f"{name}." in key}, path, name, width
+        )
+        for name in ("dino_head", "ibot_head")
+        if any(f"{name}." in key for key in state)
+    }
+    if "dino_head" not in heads:
+        raise ModelError(
+            "the file holds no DINO head", where=path, got=", ".join(list(state)[:5]), allowed="dino_head.*"
+        )
+    return heads["dino_head"], heads.get("ibot_head", heads["dino_head"])
+
+
+def _head_of(state: dict[str, torch.Tensor], path: Path, name: str, width: int) -> PrototypeHead:
+    """One head; its sizes are read off its tensors."""
+    # torch's newer weight norm names the length original0 and the direction original1.
+    for old, new in (("original0", "weight_g"), ("original1", "weight_v")):
+        key = f"last_layer.parametrizations.weight.{old}"
+        if key in state:
+            state[f"last_layer.{new}"] = state.pop(key)
+    layers = sum(key.startswith("mlp.") and key.endswith(".weight") for key in state)
+    try:
+        first, directions = state["mlp.0.weight"], state["last_layer.weight_v"]
+        head = PrototypeHead(
+            first.shape[1], len(directions), hidden=len(first), bottleneck=directions.shape[1], layers=layers
+        )
+        head.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(f"the file's {name} is not a DINO head", where=path, got=error) from None
+    if first.shape[1] != width:
+        raise ModelError(
+            f"the file's {name} is for another teacher", where=path, got=f"width {first.shape[1]}", allowed=f"{width}"
+        )
+    return head

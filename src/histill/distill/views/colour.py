@@ -1,0 +1,124 @@
+"""Stain jitter in optical density and one colour matrix per crop.
+
+Shapes: N crops, C = 3 colours (red, green, blue), P side of a crop, U draws per crop; 34: a matrix and a constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["COLOUR_DRAWS", "STAIN_DRAWS", "apply_affine", "apply_stain", "draw_colour", "draw_stain"]
+
+COLOUR_DRAWS = 4
+"""Uniform draws per crop: brightness, contrast, saturation, hue."""
+
+STAIN_DRAWS = 10
+"""Uniform draws per crop: two concentrations, two offsets, two directions of three numbers."""
+
+# At strength 1 each factor is drawn from 1 - x to 1 + x.
+BRIGHTNESS = 0.1
+CONTRAST = 0.15
+SATURATION = 0.2
+HUE_TURNS = 0.03
+"""Greatest turn around the grey axis, of a whole turn."""
+
+CONTRAST_PIVOT = 0.65
+"""The grey level that contrast leaves alone: about the mean of an H&E tile."""
+
+LUMA = np.array([0.299, 0.587, 0.114])
+"""Grey value of red, green and blue, ITU-R BT.601."""
+
+HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
+EOSIN = np.array([0.07, 0.99, 0.11])
+"""Optical densities of the stains in red, green and blue. Ruifrok and Johnston, Anal. Quant. Cytol. Histol. 2001."""
+
+CONCENTRATION = 0.25
+"""Greatest relative change of the amount of a stain."""
+OFFSET = 0.03
+"""Greatest change of the amount of a stain everywhere, optical density (base e)."""
+DIRECTION = 0.06
+"""Greatest change of each component of a stain's unit vector."""
+
+DARKEST = 1 / 255
+"""Least value that has an optical density; darker pixels are taken as this."""
+
+
+def draw_colour(uniform_NU: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+    """One affine colour map per crop: hue, then saturation, contrast and brightness, as (N, 3, 4).
+
+    Hue turns the colour around the grey axis (Rodrigues' formula); saturation mixes with the grey value; contrast
+    mixes with a constant grey; brightness multiplies. Nothing is cut to 0..1 in between.
+
+    Parameters
+    ----------
+    uniform_NU
+        ``COLOUR_DRAWS`` draws in [0, 1) for each crop.
+    strength
+        0: the identity.
+    """
+    signed_NU = strength * (2 * uniform_NU - 1)
+    brightness_N, contrast_N, saturation_N = (1 + signed_NU[:, :3] * (BRIGHTNESS, CONTRAST, SATURATION)).T
+    angle_N11 = (2 * math.pi * HUE_TURNS * signed_NU[:, 3])[:, None, None]
+    grey = np.full((3, 3), 1 / 3)
+    cross = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    hue_N33 = grey + np.cos(angle_N11) * (np.eye(3) - grey) + np.sin(angle_N11) * cross
+    luma = np.broadcast_to(LUMA, (3, 3))
+    saturate_N33 = luma + saturation_N[:, None, None] * (np.eye(3) - luma)
+    matrix_N33 = (brightness_N * contrast_N)[:, None, None] * (saturate_N33 @ hue_N33)
+    constant_N = brightness_N * (1 - contrast_N) * CONTRAST_PIVOT
+    return np.concatenate([matrix_N33, np.broadcast_to(constant_N[:, None, None], (len(constant_N), 3, 1))], axis=2)
+
+
+def draw_stain(uniform_NU: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+    """One map of optical densities per crop, as (N, 3, 4): ``OD' = M OD + b``.
+
+    ``M = S' diag(a, 1) S^-1`` and ``b = S' (offset, 0)``: S has the unit vectors of haematoxylin, eosin and their
+    normal as columns; S' the same with both stains' directions changed; a scales the amounts of the two stains.
+
+    Parameters
+    ----------
+    uniform_NU
+        ``STAIN_DRAWS`` draws in [0, 1) for each crop.
+    strength
+        0: the identity.
+    """
+    signed_NU = strength * (2 * uniform_NU - 1)
+    stains_23 = np.stack([HAEMATOXYLIN, EOSIN])
+    stains_23 /= np.linalg.norm(stains_23, axis=1, keepdims=True)
+    changed_N23 = stains_23 + DIRECTION * signed_NU[:, 4:10].reshape(-1, 2, 3)
+    changed_N23 /= np.linalg.norm(changed_N23, axis=2, keepdims=True)
+    changed_N33 = _basis(changed_N23)
+    amounts_N3 = np.ones((len(signed_NU), 3))
+    amounts_N3[:, :2] += CONCENTRATION * signed_NU[:, 0:2]
+    matrix_N33 = changed_N33 * amounts_N3[:, None, :] @ np.linalg.inv(_basis(stains_23))
+    offset_N31 = changed_N33[:, :, :2] @ (OFFSET * signed_NU[:, 2:4, None])
+    return np.concatenate([matrix_N33, offset_N31], axis=2)
+
+
+def _basis(stains_x23: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Two stains and their unit normal, as columns."""
+    normal_x3 = np.cross(stains_x23[..., 0, :], stains_x23[..., 1, :])
+    normal_x3 /= np.linalg.norm(normal_x3, axis=-1, keepdims=True)
+    return np.stack([stains_x23[..., 0, :], stains_x23[..., 1, :], normal_x3], axis=-1)
+
+
+def apply_affine(image_NCPP: Tensor, affine_N34: Tensor) -> Tensor:
+    """Map each crop's colours by its matrix and constant; values may leave 0..1."""
+    image_NCQ = image_NCPP.contiguous().flatten(2)
+    return torch.baddbmm(affine_N34[:, :, 3:], affine_N34[:, :, :3], image_NCQ).view(image_NCPP.shape)
+
+
+def apply_stain(image_NCPP: Tensor, stain_N34: Tensor) -> Tensor:
+    """Each crop under its changed stain; values may come out above 1.
+
+    Optical density is ``-ln(value)``, so ``ln(value') = M ln(value) - b``.
+    """
+    log_NCPP = torch.empty(image_NCPP.shape, device=image_NCPP.device)
+    torch.clamp(image_NCPP, min=DARKEST, out=log_NCPP).log_()
+    minus_offset = torch.tensor([1.0, 1.0, 1.0, -1.0], device=stain_N34.device)
+    return apply_affine(log_NCPP, stain_N34 * minus_offset).exp_()

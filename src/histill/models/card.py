@@ -1,0 +1,121 @@
+"""The model card of a bundle, written from its provenance."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+__all__ = ["licence_notice", "model_card"]
+
+# licences that the hub knows by an identifier of its own
+HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0"}
+
+
+def licence_notice(teacher: dict[str, Any]) -> str | None:
+    """Say what the teacher's licence means for a student; None if derived works are allowed.
+
+    Parameters
+    ----------
+    teacher
+        As :func:`histill.models.bundle.teacher_record` makes it.
+    """
+    name, licence = teacher.get("name", "?"), teacher.get("licence")
+    if teacher.get("derivatives") is False:
+        return (
+            f"The licence of the teacher {name} ({licence}) FORBIDS DERIVATIVES. A model distilled from it may be one: "
+            "do not share or use it without the permission of the teacher's owners."
+        )
+    if licence is None or teacher.get("derivatives") is None:
+        known = f"({licence}) " if licence else ""
+        return (
+            f"It is not known whether the licence of the teacher {name} {known}allows derived works. "
+            "Read it before you share or use a model distilled from this teacher."
+        )
+    return None
+
+
+def model_card(name: str, config: dict[str, Any], record: dict[str, Any]) -> str:
+    """Write ``README.md``: the hub's YAML head, licence notices, how to use the model, what it was made from.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    config
+        The bundle's ``config.json``.
+    record
+        The bundle's ``histill.json``.
+    """
+    teacher = record.get("teacher")
+    teacher = teacher if isinstance(teacher, dict) else None
+    parts = [_head(record), f"# {name}\n", _licences(record, teacher), _usage(name, config, record)]
+    parts += [_origin(config, record, teacher), _metrics(record)]
+    return "\n".join(part for part in parts if part)
+
+
+def _head(record: dict[str, Any]) -> str:
+    licence = record.get("licence")
+    lines = ["---", "library_name: timm", "pipeline_tag: image-feature-extraction"]
+    if licence and licence.lower() in HUB_LICENCES:
+        lines.append(f"license: {licence.lower()}")
+    else:
+        lines += ["license: other", f"license_name: {re.sub(r'[^a-z0-9.]+', '-', (licence or 'not stated').lower())}"]
+    lines += ["tags:", *(f"- {tag}" for tag in ("timm", "pathology", "histology", "distillation", "histill"))]
+    return "\n".join([*lines, "---", ""])
+
+
+def _licences(record: dict[str, Any], teacher: dict[str, Any] | None) -> str:
+    lines = []
+    notice = licence_notice(teacher) if teacher else None
+    if notice:
+        lines.append(f"> **WARNING.** {notice}\n")
+    lines.append(f"Licence of this model: {record.get('licence') or 'its owner has not stated one yet'}.")
+    lines.append("For research; not a medical device.\n")
+    return "\n".join(lines)
+
+
+def _usage(name: str, config: dict[str, Any], record: dict[str, Any]) -> str:
+    cfg = config["pretrained_cfg"]
+    both = record["embedding"] == "cls+mean"
+    mean_too = "torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens:].mean(dim=1)], dim=1)"
+    rule = mean_too if both else "tokens[:, 0]"
+    words = "the class token and the mean of the patch tokens" if both else "the class token"
+    width = config["num_features"] * (2 if both else 1)
+    return f"""## Use
+
+```python
+import timm, torch
+
+model = timm.create_model("local-dir:{name}", pretrained=True).eval()   # or "hf-hub:OWNER/{name}"
+mean = torch.tensor({cfg["mean"]}).view(3, 1, 1)
+std = torch.tensor({cfg["std"]}).view(3, 1, 1)
+images = torch.rand(1, 3, {cfg["input_size"][1]}, {cfg["input_size"][2]})   # RGB in 0..1
+tokens = model.forward_features((images - mean) / std)
+embedding = {rule}   # (1, {width})
+```
+
+Embedding: **{record["embedding"]}**, {words}, {width} numbers. The metrics below are those of this embedding.
+"""
+
+
+def _origin(config: dict[str, Any], record: dict[str, Any], teacher: dict[str, Any] | None) -> str:
+    rows = [("architecture", f"`{config['architecture']}` with `{json.dumps(config['model_args'])}`")]
+    rows.append(("parameters", f"{record['params']:,}"))
+    if teacher:
+        rows.append(("teacher", str(teacher.get("name", "?"))))
+        rows.append(("licence of the teacher", str(teacher.get("licence") or "unknown")))
+        if teacher.get("source_url"):
+            rows.append(("source of the teacher", str(teacher["source_url"])))
+    rows.append(("made by", f"histill {record['histill_version']}; full provenance in `histill.json`"))
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return f"## Origin\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _metrics(record: dict[str, Any]) -> str:
+    metrics = record.get("metrics")
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)} if metrics else {}
+    if not numbers:
+        return ""
+    table = "\n".join(f"| {key} | {value:.4g} |" for key, value in numbers.items())
+    return f"## Metrics\n\n| metric | value |\n|---|---|\n{table}\n"

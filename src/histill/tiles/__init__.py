@@ -1,0 +1,1 @@
+"""The training set: where tiles come from and in which order."""

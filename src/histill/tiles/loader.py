@@ -1,0 +1,108 @@
+"""Batches of uint8 tiles, decoded ahead of the training step.
+
+Shapes: B tiles of the batch that could be read, H and W the largest height and width among them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from histill.errors import DataError
+from histill.tiles.images import ImageFolder, UnreadableTileError
+from histill.tiles.order import tile_at
+
+__all__ = ["Batch", "batches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tiles of one step."""
+
+    tiles_BCHW: torch.Tensor
+    """uint8, (B, 3, H, W); smaller tiles stand at the top left, the rest is zero."""
+    sizes_B2: NDArray[np.int64]
+    """(B, 2): true height and width of each tile, in pixels."""
+    positions_B: NDArray[np.int64]
+    """Place of each tile in the endless shuffled stream; all draws for its views depend on it alone."""
+    unreadable: dict[str, str]
+    """Path -> reason, of the tiles of this step that could not be read."""
+
+
+def _read_batch(source: ImageFolder, positions_B: NDArray[np.int64], seed: int) -> Batch:
+    tiles, positions, unreadable = [], [], {}
+    for position, index in zip(positions_B, tile_at(positions_B, len(source), seed), strict=True):
+        try:
+            tiles.append(source.read(int(index)))
+            positions.append(position)
+        except UnreadableTileError as error:
+            unreadable[source.paths[index]] = str(error).replace("\n", "; ")
+    if not tiles:
+        raise DataError(
+            "not one tile of a batch could be read",
+            where=source.root,
+            got="; ".join(f"{path}: {reason}" for path, reason in list(unreadable.items())[:3]),
+            remedy="mend or remove the damaged files",
+        )
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    batch_BHWC = np.zeros((len(tiles), height, width, 3), dtype=np.uint8)
+    for place, tile in zip(batch_BHWC, tiles, strict=True):
+        place[: tile.shape[0], : tile.shape[1]] = tile
+    return Batch(
+        tiles_BCHW=torch.from_numpy(batch_BHWC).permute(0, 3, 1, 2).contiguous(),
+        sizes_B2=np.array([tile.shape[:2] for tile in tiles], dtype=np.int64),
+        positions_B=np.array(positions, dtype=np.int64),
+        unreadable=unreadable,
+    )
+
+
+def batches(
+    source: ImageFolder,
+    positions_of_step: Callable[[int], NDArray[np.int64]],
+    first_step: int,
+    last_step: int,
+    seed: int,
+    *,
+    workers: int = 1,
+    ahead: int = 4,
+) -> Generator[Batch]:
+    """Yield one batch for each step from ``first_step`` up to but not including ``last_step``.
+
+    Worker threads decode up to ``ahead`` batches before they are asked for (libjpeg-turbo runs outside the
+    interpreter's lock). Each batch is a pure function of its step, so that the number of workers changes nothing.
+
+    Parameters
+    ----------
+    source
+        Where tiles are read.
+    positions_of_step
+        Step -> positions in the shuffled stream, int64 (B,).
+    first_step, last_step
+        Range of steps.
+    seed
+        Seed of the order.
+    workers
+        Decoding threads; 0 decodes in the caller, when a batch is asked for.
+    ahead
+        Batches in flight.
+    """
+    if workers == 0:
+        for step in range(first_step, last_step):
+            yield _read_batch(source, positions_of_step(step), seed)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    queue: deque[Future[Batch]] = deque()
+    try:
+        for step in range(first_step, last_step + ahead):
+            if step < last_step:
+                queue.append(pool.submit(_read_batch, source, positions_of_step(step), seed))
+            if step >= first_step + ahead:
+                yield queue.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
