@@ -20,7 +20,7 @@ Teach a small student from a large frozen teacher. The same command again goes o
 presets:
   h0-mini   the paper's architecture (ViT-B/14) with DINOv2's recipe: DINO + iBOT + KoLeo, for GPUs
   tokens    no heads: cosine + smooth-L1 on standardised teacher tokens
-  cpu       DINO + iBOT + token losses with a ViT-Ti student, sized for 2 cores
+  cpu       DINO + iBOT + KoLeo with a ViT-Ti student and small crops, sized for 2 cores
 
 histill distill PRESET --help   every option with the preset's values
 """

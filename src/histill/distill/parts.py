@@ -16,7 +16,7 @@ from torch import nn
 from histill.distill.average import average_of
 from histill.distill.checking import Checker, check_tables, held_out_paths
 from histill.distill.config import DistillConfig
-from histill.distill.precision import autocast_for, pick_device
+from histill.distill.precision import autocast_for, pick_device, plain_attention_on_cpu
 from histill.distill.task import DistillTask
 from histill.distill.teacher import Teacher
 from histill.distill.views import make_views
@@ -91,6 +91,8 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     student_model = _student_model(config, encoder)
     student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std, licence=None).to(device)
     student.train()
+    for model in (encoder, student):
+        plain_attention_on_cpu(model, device)
     config = resolve_views(config, source, encoder.input_px, student.patch_px)
     teacher = Teacher(encoder, config.objective, config.views.global_px).to(device)
     if statistics.exists():

@@ -21,7 +21,7 @@ H0_MINI = DistillConfig(
 TOKENS = DistillConfig(
     student="vit-small",
     batch_tiles=64,
-    views=ViewConfig(n_global=1, n_local=0),
+    views=ViewConfig(n_global=1, n_local=0, teacher_view="clean"),
     objective=ObjectiveConfig(
         dino=0.0, ibot=0.0, koleo=0.0, token_cls=1.0, token_patch=1.0, teacher_head="none", adaptor_hidden=0
     ),
@@ -32,7 +32,7 @@ TOKENS = DistillConfig(
 CPU = DistillConfig(
     student="vit-tiny",
     batch_tiles=32,
-    views=ViewConfig(n_global=2, n_local=2),
+    views=ViewConfig(n_global=2, n_local=2, teacher_view="clean"),
     objective=ObjectiveConfig(head_hidden=512, head_bottleneck=128),
     optimiser=OptimiserConfig(base_lr=4e-3, weight_decay_end=0.04),
 )

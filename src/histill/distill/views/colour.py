@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["COLOUR_DRAWS", "STAIN_DRAWS", "apply_affine", "apply_stain", "draw_colour", "draw_stain"]
+__all__ = ["COLOUR_DRAWS", "DARKEST", "STAIN_DRAWS", "apply_affine", "apply_stain", "draw_colour", "draw_stain"]
 
 COLOUR_DRAWS = 4
 """Uniform draws per crop: brightness, contrast, saturation, hue."""
@@ -107,18 +107,17 @@ def _basis(stains_x23: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([stains_x23[..., 0, :], stains_x23[..., 1, :], normal_x3], axis=-1)
 
 
-def apply_affine(image_NCPP: Tensor, affine_N34: Tensor) -> Tensor:
-    """Map each crop's colours by its matrix and constant; values may leave 0..1."""
-    image_NCQ = image_NCPP.contiguous().flatten(2)
-    return torch.baddbmm(affine_N34[:, :, 3:], affine_N34[:, :, :3], image_NCQ).view(image_NCPP.shape)
+def apply_affine(image_NCPP: Tensor, affine_N34: Tensor, out_NCPP: Tensor) -> None:
+    """Write each crop's colours, mapped by its matrix and constant, to ``out_NCPP``; values may leave 0..1."""
+    matrix_N33, constant_N31 = affine_N34[:, :, :3], affine_N34[:, :, 3:]
+    torch.baddbmm(constant_N31, matrix_N33, image_NCPP.flatten(2), out=out_NCPP.flatten(2))
 
 
-def apply_stain(image_NCPP: Tensor, stain_N34: Tensor) -> Tensor:
-    """Each crop under its changed stain; values may come out above 1.
+def apply_stain(image_NCPP: Tensor, stain_N34: Tensor, out_NCPP: Tensor) -> None:
+    """Write each crop under its changed stain to ``out_NCPP``; values may leave 0..1. The image is overwritten.
 
-    Optical density is ``-ln(value)``, so ``ln(value') = M ln(value) - b``.
+    Optical density is ``-ln(value)``, so ``ln(value') = M ln(value) - b``. Values have to be ``DARKEST`` or more.
     """
-    log_NCPP = torch.empty(image_NCPP.shape, device=image_NCPP.device)
-    torch.clamp(image_NCPP, min=DARKEST, out=log_NCPP).log_()
     minus_offset = torch.tensor([1.0, 1.0, 1.0, -1.0], device=stain_N34.device)
-    return apply_affine(log_NCPP, stain_N34 * minus_offset).exp_()
+    apply_affine(image_NCPP.log_(), stain_N34 * minus_offset, out_NCPP)
+    out_NCPP.exp_()

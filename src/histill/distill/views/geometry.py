@@ -149,6 +149,7 @@ class Resampler:
         device: torch.device,
     ) -> None:
         self.crop_px = crop_px
+        self._lines: Tensor | None = None  # kept from call to call: fresh memory is slow on a CPU
         turned_N = boxes.transpose_N
         left_N, width_N = boxes.left_N, boxes.width_N
         top_N, height_N = boxes.top_N, boxes.height_N
@@ -187,7 +188,9 @@ class Resampler:
         _, _, S, C, _ = tables_B2SCS.shape
         N, P = crops.stop - crops.start, self.crop_px
         columns = self._columns.sum_lines(tables_B2SCS.view(-1, C * S), crops, first_tile * 2 * S).view(N, P, C, S)
-        lines = torch.empty(N, S, C, P, dtype=torch.float32, device=tables_B2SCS.device)
+        if self._lines is None or len(self._lines) < N:
+            self._lines = torch.empty(N, S, C, P, dtype=torch.float32, device=tables_B2SCS.device)
+        lines = self._lines[:N]
         for colour in range(C):  # three plain transposes are faster than one of four axes
             lines[:, :, colour] = columns[:, :, colour].transpose(1, 2)
         return self._rows.sum_lines(lines.view(-1, C * P), crops, crops.start * S).view(N, P, C, P)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from histill.distill.views.colour import (
     COLOUR_DRAWS,
+    DARKEST,
     STAIN_DRAWS,
     apply_affine,
     apply_stain,
@@ -184,6 +185,7 @@ class _Kind:
         tile_px: int,
     ) -> None:
         self._out_KBCHW, device = out_KBCHW, out_KBCHW.device
+        self._work: Tensor | None = None  # kept from step to step: fresh memory is slow on a CPU
         K, B, C, _, P = out_KBCHW.shape
         self.numbers_per_tile = K * P * C * tile_px
         parts = np.cumsum([GEOMETRY_DRAWS, BLUR_DRAWS, COLOUR_DRAWS, STAIN_DRAWS])
@@ -210,11 +212,17 @@ class _Kind:
         """Make the crops of tiles ``first`` to ``stop`` from the tables of these tiles."""
         K = len(self._out_KBCHW)
         crops = slice(first * K, stop * K)
-        image_NCPP = self._resampler.crops(tables_B2SCS, first, crops).transpose(1, 2)
+        made_NCPP = self._resampler.crops(tables_B2SCS, first, crops).transpose(1, 2)
+        if self._work is None or self._work.shape[1] < len(made_NCPP):
+            self._work = torch.empty((2, *made_NCPP.shape), device=made_NCPP.device)
+        image_NCPP, other_NCPP = self._work[:, : len(made_NCPP)]
+        torch.clamp(made_NCPP, min=0.0 if self._stain_N34 is None else DARKEST, out=image_NCPP)
         if self._stain_N34 is not None:
-            image_NCPP = apply_stain(image_NCPP, self._stain_N34[crops])
+            apply_stain(image_NCPP, self._stain_N34[crops], other_NCPP)
+            image_NCPP, other_NCPP = other_NCPP, image_NCPP
         if self._colour_N34 is not None:
-            image_NCPP = apply_affine(image_NCPP, self._colour_N34[crops])
+            apply_affine(image_NCPP, self._colour_N34[crops], other_NCPP)
+            image_NCPP, other_NCPP = other_NCPP, image_NCPP
         image_KBCPP = image_NCPP.view(stop - first, K, *image_NCPP.shape[1:]).transpose(0, 1)
         torch.clamp(image_KBCPP, 0, 1, out=self._out_KBCHW[:, first:stop])
 
