@@ -80,6 +80,10 @@ class Checker:
         embed = self._embedding(encoder)
         return {name: check.score(check.features(embed, batch=_BATCH)) for name, check in self.checks.items()}
 
+    def notes(self) -> list[str]:
+        """What a reader of the scores should know, such as tiles of a table that cannot be read."""
+        return [f"{name}: {note}" for name, check in self.checks.items() for note in check.notes]
+
     def agreement(self, student: Encoder, teacher: Encoder) -> tuple[dict[str, float], str | None]:
         """Linear CKA, neighbour overlap and effective ranks on tiles of the training set, and a warning on collapse."""
         if self._teacher_ND is None:
@@ -123,6 +127,8 @@ def retentions(student: Scores, teacher: Scores, untrained: Scores) -> Scores:
     found: Scores = {}
     for table, metrics in student.items():
         for metric, value in metrics.items():
+            if metric.endswith(("_low", "_high")):
+                continue  # the ends of an interval are not scores of their own
             share = retention(value, teacher[table][metric], untrained[table][metric])
             if share is not None:
                 found.setdefault(table, {})[metric] = share

@@ -39,8 +39,6 @@ class Trained:
     """Time of this call."""
     shares: dict[str, float]
     """Shares of the steps' time: data (waiting for decoded tiles), views, teacher, student."""
-    unreadable: dict[str, str]
-    """Path -> reason of the tiles that could not be read."""
 
 
 def positions_of_step(step: int, batch_tiles: int) -> NDArray[np.int64]:
@@ -122,7 +120,6 @@ def train(
     """Train from ``first_step`` to ``steps``; checkpoint now and then, at the end, and when asked to stop."""
     config, started = parts.config, time.monotonic()
     checkpoints, saved = folder / "checkpoints", time.monotonic()
-    unreadable: dict[str, str] = {}
     watch, step = Stopwatch(parts.device), first_step
 
     def save(next_step: int) -> None:
@@ -138,9 +135,9 @@ def train(
             batch = next(stream)
             watch.mark("data")
             values = train_step(parts, batch, step, steps, watch)
-            unreadable |= batch.unreadable
             tiles_per_s = len(batch.positions_B) / watch.last_step()
-            log.write({"step": step, **values, "tiles": len(batch.positions_B), "tiles_per_s": round(tiles_per_s, 2)})
+            row = {"step": step, **values, "tiles": len(batch.positions_B), "tiles_per_s": round(tiles_per_s, 2)}
+            log.write(row | ({"unreadable": batch.unreadable} if batch.unreadable else {}))
             bar.update(step, values["loss"], len(batch.positions_B), watch)
             step += 1
             if step % check_every == 0 and step < steps:
@@ -149,4 +146,4 @@ def train(
                 save(step)
                 saved = time.monotonic()
         save(step)
-    return Trained(next_step=step, seconds=time.monotonic() - started, shares=watch.shares(), unreadable=unreadable)
+    return Trained(next_step=step, seconds=time.monotonic() - started, shares=watch.shares())

@@ -21,6 +21,7 @@ from histill.distill.record import Stop, one_process, read_rows
 from histill.errors import RunError
 from histill.models import STUDENTS
 from histill.models.bundle import teacher_record, write_bundle
+from histill.models.card import licence_notice
 
 __all__ = ["distill"]
 
@@ -70,23 +71,32 @@ def _claim(config: DistillConfig, folder: Path) -> None:
     if path.exists():
         there = configs.to_dict(configs.load(DistillConfig, path))
         differing = [name for name in wanted if wanted[name] != there[name]]
-        if differing:
+        if not differing:
+            return
+        if (folder / "plan.json").exists():
             raise RunError(
                 "this folder holds a run with other settings",
                 where=folder,
                 got="; ".join(f"{name}: {there[name]} there, {wanted[name]} now" for name in differing),
                 remedy="give another --out, or the settings of that run",
             )
-    else:
-        configs.save(config, path)
+        # A run that never got as far as its plan (a wrong path, say) has nothing to lose, and its statistics are stale.
+        for name in ("teacher_statistics.safetensors", "baseline.json"):
+            (folder / name).unlink(missing_ok=True)
+    configs.save(config, path)
 
 
 class _Run:
     def __init__(self, config: DistillConfig, folder: Path, console: Console, stop: Stop) -> None:
         self.folder, self.console, self.stop = folder, console, stop
         self.started = time.monotonic()
-        console.print(f"teacher {config.teacher}, student {config.student}, tiles {config.tiles}")
+        console.print(f"teacher {config.teacher}, student {config.student}", highlight=False)
         self.parts = build(config, folder / "teacher_statistics.safetensors")
+        notice = licence_notice({"teacher": teacher_record(self.parts.teacher.encoder)})
+        if notice:
+            console.print(f"[bold yellow]{notice}[/]")
+        for note in self.parts.checker.notes():
+            console.print(f"note: {note}", highlight=False)
         self.baseline: dict[str, Any] = {}
 
     def go(self) -> dict[str, Any] | None:
@@ -213,7 +223,7 @@ class _Run:
         parts = self.parts
         final = self._check(outcome.next_step)
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if "loss" in row]
-        unreadable = outcome.unreadable
+        unreadable = {path: reason for row in rows for path, reason in row.get("unreadable", {}).items()}
         summary = {
             "steps": plan["steps"],
             "tiles_seen": sum(row["tiles"] for row in rows),

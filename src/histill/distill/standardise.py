@@ -86,7 +86,7 @@ def _paley(q: int) -> NDArray[np.float64] | None:
     character[0] = 0.0
     jacobsthal = character[(np.arange(q)[:, None] - np.arange(q)[None, :]) % q]
     matrix = np.ones((q + 1, q + 1))
-    matrix[1:, 1:] = jacobsthal - np.eye(q)
+    matrix[1:, 1:] = jacobsthal + np.eye(q)
     matrix[1:, 0] = -1.0
     return matrix
 

@@ -1,7 +1,7 @@
 """The task: student predictions against teacher targets, as named losses.
 
 Shapes: G global and L local crops, B tiles, M = G x B images, N patch tokens, H x W their grid, D teacher channels,
-S student channels, K prototypes.
+S student channels, T scored tokens, K prototypes.
 """
 
 from __future__ import annotations
@@ -155,15 +155,16 @@ class DistillTask(nn.Module):
         images = patches_MNS.shape[0]
         mask_MN = self._mask(targets.patch_scores_MHWE.shape[1:3], images, step).to(patches_MNS.device)
         weights_MN = losses.token_weights(mask_MN)
-        # Every token enters Sinkhorn's balance; only the scored ones enter the loss.
+        # As in DINOv2, tokens that are not scored take no part in Sinkhorn's balance either.
+        chosen_T = mask_MN.flatten().nonzero().squeeze(1)
         with step.autocast:
-            hidden_TB = self.patch_head.hidden(patches_MNS.flatten(0, 1)).float()
+            hidden_TB = self.patch_head.hidden(patches_MNS.flatten(0, 1)[chosen_T]).float()
         scored = losses.chunked_prototype_loss(
             hidden_TB,
             self.patch_head.weight().float(),
-            targets.patch_scores_MHWE.flatten(0, 2),
+            targets.patch_scores_MHWE.flatten(0, 2)[chosen_T],
             prototypes_KE,
-            weights_MN.flatten(),
+            weights_MN.flatten()[chosen_T],
             teacher_temperature=step.teacher_temperature,
             student_temperature=self.config.student_temperature,
             iterations=self.config.sinkhorn_iterations,
