@@ -241,3 +241,19 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     assert files.sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     path.write_bytes(b"a" * 1_000_003)
     assert files.sha256_file(path) == hashlib.sha256(b"a" * 1_000_003).hexdigest()
+
+
+@pytest.mark.parametrize("inside_a_folder", [False, True])
+def test_a_writer_that_makes_private_files_still_leaves_ordinary_ones(tmp_path: Path, inside_a_folder: bool) -> None:
+    (tmp_path / "plain").touch()
+    ordinary = (tmp_path / "plain").stat().st_mode
+    if inside_a_folder:
+        with files.atomic_folder(tmp_path / "made") as temporary:
+            (temporary / "x").touch(mode=0o600)
+        made = tmp_path / "made" / "x"
+    else:
+        with files.atomic_path(tmp_path / "x") as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)
+        made = tmp_path / "x"
+    assert made.stat().st_mode == ordinary

@@ -39,7 +39,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = _temporary_name(target, target.suffix)
     try:
         temporary.touch(exist_ok=False)
+        ordinary = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(ordinary)  # some writers (safetensors) replace the file by a private one
         _fsync(temporary)
         temporary.replace(target)
         _fsync(target.parent)
@@ -61,6 +63,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             if not path.is_symlink():
+                if path.is_file():
+                    path.chmod(temporary.stat().st_mode & 0o666)
                 _fsync(path)
         if target.exists():
             target.replace(retired)

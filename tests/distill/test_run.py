@@ -263,7 +263,19 @@ def test_settings_that_do_not_fit_stop_at_the_command_line(
     options: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["distill", "cpu", "--teacher", "x", "--tiles", str(tmp_path), "--out", str(tmp_path / "o"), *options.split()])
+        main(
+            [
+                "distill",
+                "cpu",
+                "--teacher",
+                "x",
+                "--tiles",
+                str(tmp_path),
+                "--out",
+                str(tmp_path / "o"),
+                *options.split(),
+            ]
+        )
     assert stop.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "o").exists()

@@ -119,7 +119,9 @@ def draw_pictures(
         classes={kind: _of_class(tiles, columns, kind) for kind in KINDS},
         paired=_paired(tiles),
         queries=[
-            _query(tiles, columns, queries_Q, nearest, int(rng.choice(np.flatnonzero(columns["label"][queries_Q] == kind))))
+            _query(
+                tiles, columns, queries_Q, nearest, int(rng.choice(np.flatnonzero(columns["label"][queries_Q] == kind)))
+            )
             for kind in KINDS
         ],
         fields=_token_fields(models, seed),
@@ -172,15 +174,13 @@ def _query(
         }
 
     query = shown(int(queries_Q[number]))
-    found = {
-        name: [shown(int(row)) for row in nearest[name][number]] for name in ("teacher", "student")
-    }
+    found = {name: [shown(int(row)) for row in nearest[name][number]] for name in ("teacher", "student")}
     return Query(
         image=query["image"],
         label=query["label"],
         slide=query["slide"],
         nearest={
-            name: [Neighbour(same=tile["label"] == query["label"], **tile) for tile in shown_tiles]  # type: ignore[arg-type]
+            name: [Neighbour(same=tile["label"] == query["label"], **tile) for tile in shown_tiles]
             for name, shown_tiles in found.items()
         },
     )
@@ -191,26 +191,22 @@ def _query(
 
 def _token_fields(models: Mapping[str, Encoder], seed: int) -> list[Field]:
     """Draw one field of each class and show what the patch tokens of both models say of it."""
-    images = []
-    for number, kind in enumerate(KINDS):
-        field_HWS = draw_tile(kind, TOKEN_PX, 7_000 + number, slide_effects(9_000 + seed))
-        images += [
-            render(field_HWS, STAINS[stain], SCANNERS[scanner], number) for stain, scanner in _TOKEN_LOOKS
-        ]
-    images_IHWC = np.stack(images)
-    tokens = {name: _tokens(model, images_IHWC) for name, model in models.items()}
-    scores = {name: _components(tokens_IHWD.reshape(-1, tokens_IHWD.shape[-1])) for name, tokens_IHWD in tokens.items()}
-    scores["student"] = align(scores["student"], scores["teacher"])
-    painted = {name: colours(scores[name]).reshape(*tokens[name].shape[:3], 3) for name in models}
+    effects = slide_effects(9_000 + seed)  # of a slide that is in none of the tables
     fields = []
     for number, kind in enumerate(KINDS):
-        looks = []
-        for offset, look in enumerate(_TOKEN_LOOKS):
-            image = number * len(_TOKEN_LOOKS) + offset
-            looks.append(
-                {"name": "-".join(look), "image": _jpeg(images_IHWC[image])}
-                | {name: _png(painted[name][image]) for name in models}
-            )
+        concentrations_HWS = draw_tile(kind, TOKEN_PX, 7_000 + number, effects)
+        images_IHWC = np.stack(
+            [render(concentrations_HWS, STAINS[stain], SCANNERS[scanner], number) for stain, scanner in _TOKEN_LOOKS]
+        )
+        tokens = {name: _tokens(model, images_IHWC) for name, model in models.items()}
+        scores = {name: _components(tokens_IHWD) for name, tokens_IHWD in tokens.items()}
+        scores["student"] = align(scores["student"], scores["teacher"])
+        painted = {name: colours(scores[name]).reshape(*tokens[name].shape[:3], 3) for name in models}
+        looks = [
+            {"name": "-".join(look), "image": _jpeg(images_IHWC[index])}
+            | {name: _png(painted[name][index]) for name in models}
+            for index, look in enumerate(_TOKEN_LOOKS)
+        ]
         fields.append(Field(label=kind, looks=looks))
     return fields
 
@@ -222,11 +218,12 @@ def _tokens(model: Encoder, images_IHWC: NDArray[np.uint8]) -> NDArray[np.float3
     return tokens_IHWD.float().numpy()
 
 
-def _components(tokens_TD: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """The first three principal components of the tokens, each with mean 0 and variance 1, (T, 3)."""
-    centred_TD = tokens_TD - tokens_TD.mean(axis=0)
-    left_T3 = np.linalg.svd(centred_TD, full_matrices=False)[0][:, :3]
-    return left_T3 * np.sqrt(len(left_T3))
+def _components(tokens_IHWD: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """The first three principal components of all tokens, each with mean 0 and variance 1, (T, 3)."""
+    tokens_TD = tokens_IHWD.reshape(-1, tokens_IHWD.shape[-1]).astype(np.float64)
+    left_TR = np.linalg.svd(tokens_TD - tokens_TD.mean(axis=0), full_matrices=False)[0]
+    scores_T3: NDArray[np.floating[Any]] = left_TR[:, :3] * np.sqrt(len(left_TR))
+    return scores_T3
 
 
 def align(scores_T3: NDArray[np.floating[Any]], target_T3: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

@@ -1,8 +1,8 @@
 """The demo, step by step: draw, distil, measure, report.
 
 A demo's folder holds ``demo.json`` (its settings), ``tiles/``, ``run/`` (as ``histill distill`` leaves it), and at the
-end ``report.html`` and ``summary.json``. Each of them is whole or absent, so that a demo that was cut short goes on with
-the first one that is missing.
+end ``report.html`` and ``summary.json``. Each of them is whole or absent (the run by its own checkpoints), so that a
+demo that was cut short goes on with the first one that is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from histill.demo.config import GLOBAL_PX, LOCAL_PX, SLIDES, STUDENT, TILE_PX, D
 from histill.distill import PRESETS, DistillConfig
 from histill.distill.record import one_process
 from histill.errors import ConfigError, ModelError, RunError
-from histill.synthetic import write_tile_set
+from histill.synthetic import LABELS_CSV, write_tile_set
 
 __all__ = ["TEACHER", "demo", "distill_config"]
 
@@ -111,12 +111,13 @@ def _run(config: DemoConfig, stages: _Stages, started: float, resumed: bool) -> 
         measured = measure(folder / "tiles", TEACHER, folder / "run" / "student", seed=config.seed)
     with stages.stage(3, "writing the report"):
         from histill.demo.report import render
-        from histill.demo.summary import summarise
+        from histill.demo.summary import curves, summarise
 
-        facts = summarise(config, told, summary, measured, folder / "run" / "metrics.jsonl")
+        metrics = folder / "run" / "metrics.jsonl"
+        facts = summarise(config, told, summary, measured, metrics)
         facts["resumed"] = resumed
         facts["seconds"] = {**stages.seconds, "total": round(time.monotonic() - started, 1)}
-        files.write_text(folder / "report.html", render(facts, measured.pictures))
+        files.write_text(folder / "report.html", render(facts, curves(metrics), measured.pictures))
         files.write_json(folder / "summary.json", facts)
     console.print(f"{facts['seconds']['total']:.0f} seconds in all", highlight=False)
     return folder / "report.html"
@@ -231,9 +232,17 @@ def _cores() -> int:
 
 def distill_config(config: DemoConfig, spent_seconds: float) -> DistillConfig:
     """The preset `cpu` with token losses, for as long as the demo still has; a run that is there keeps its own."""
-    path = config.out / "run" / "config.json"
-    if path.exists():
-        return configs.load(DistillConfig, path)
+    folder = config.out / "run"
+    if (folder / "config.json").exists():
+        there = configs.load(DistillConfig, folder / "config.json")
+        if there.out != folder:
+            raise RunError(
+                "this demo was moved since it began",
+                where=folder,
+                got=f"it began in {there.out}",
+                remedy="move it back, or give a new --out",
+            )
+        return there
     base = PRESETS["cpu"]
     whole = 60 * config.minutes
     seconds = max(whole - spent_seconds - _AFTER_SECONDS, _LEAST_SHARE * whole)
@@ -241,7 +250,8 @@ def distill_config(config: DemoConfig, spent_seconds: float) -> DistillConfig:
         "teacher": f"local-dir:{TEACHER}",
         "student": STUDENT,
         "tiles": config.out / "tiles",
-        "out": config.out / "run",
+        "table": config.out / "tiles" / LABELS_CSV,  # without the paired fields: they are for the checks alone
+        "out": folder,
         "minutes": round(seconds / 60, 3) or 0.001,
         "seed": config.seed,
         "device": "cpu",  # the same demo everywhere

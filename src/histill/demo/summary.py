@@ -19,7 +19,7 @@ from histill.distill.record import read_rows
 from histill.evaluate import retention
 from histill.synthetic import KINDS, LABELS_CSV, PAIRED_CSV
 
-__all__ = ["LABELS", "PAIRED", "summarise"]
+__all__ = ["LABELS", "PAIRED", "curves", "summarise"]
 
 LABELS, PAIRED = Path(LABELS_CSV).stem, Path(PAIRED_CSV).stem
 """The names of the two tables in the scores."""
@@ -52,12 +52,6 @@ def summarise(
     scores = {name: run[name] for name in ("teacher", "student", "untrained")}
     rows = {table: retention.report(*(scores[name][table] for name in scores)) for table in scores["student"]}
     kept = {table: {row.metric: row.retention for row in found} for table, found in rows.items()}
-    checks = [
-        {"step": row["step"] + 1, **row["check"]["agreement"], "scores": row["check"]["scores"]}
-        for row in read_rows(metrics)
-        if "check" in row
-    ]
-    checks.append({"step": run["steps"], **run["agreement"], "scores": run["student"]})
     return {
         "headline": {
             "retention": kept[LABELS]["linear_auc"],
@@ -74,18 +68,33 @@ def summarise(
         "models": measured.models,
         "speed": measured.speed,
         "neighbours": measured.neighbours,
-        "training": {
-            "steps": run["steps"],
-            "tiles_seen": run["tiles_seen"],
-            "seconds": run["seconds"],
-            "shares": run["shares"],
-            "plan": run["plan"],
-            "checks": checks,
-            "curves": _curves(metrics),
+        "training": _training(run, metrics),
+        "data": {
+            "kinds": list(KINDS),
+            "slides": SLIDES,
+            "labelled_tiles": config.tiles,
+            "paired_fields": config.fields,
         },
-        "data": {"kinds": list(KINDS), "slides": SLIDES, "labelled_tiles": config.tiles, "paired_fields": config.fields},
         "seed": config.seed,
         "config": {"demo": configs.to_dict(config), "distill": configs.to_dict(told)},
+        **_surroundings(),
+    }
+
+
+def _training(run: dict[str, Any], metrics: Path) -> dict[str, Any]:
+    """What the run did, and its checks, the final one included."""
+    checks = [
+        {"step": row["step"] + 1, **row["check"]["agreement"], "scores": row["check"]["scores"]}
+        for row in read_rows(metrics)
+        if "check" in row
+    ]
+    checks.append({"step": run["steps"], **run["agreement"], "scores": run["student"]})
+    return {name: run[name] for name in ("steps", "tiles_seen", "seconds", "shares", "plan")} | {"checks": checks}
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions and machine."""
+    return {
         "versions": {"histill": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")},
         "machine": {
@@ -97,10 +106,12 @@ def summarise(
     }
 
 
-def _curves(metrics: Path) -> dict[str, list[float]]:
-    """Step, learning rate, loss and its terms, one entry per step."""
+def curves(metrics: Path) -> dict[str, list[float]]:
+    """Read step, learning rate, loss and its terms from ``metrics.jsonl``, one entry per step."""
     rows = [row for row in read_rows(metrics) if "loss" in row]
-    names = [name for name in ("step", "lr", "loss", "dino", "ibot", "token_cls", "token_patch", "koleo") if name in rows[0]]
+    names = [
+        name for name in ("step", "lr", "loss", "dino", "ibot", "token_cls", "token_patch", "koleo") if name in rows[0]
+    ]
     return {name: [float(f"{row[name]:.6g}") for row in rows] for name in names}
 
 

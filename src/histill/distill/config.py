@@ -193,7 +193,9 @@ class DistillConfig:
     seed: int = 0
     """Seed of everything that is drawn."""
     init: str = "random"
-    """How the student starts: random, a model bundle (local-dir:FOLDER), or teacher (a subset of its layers)."""
+    """How the student starts. random; a model bundle (local-dir:FOLDER); layers: a subset of the teacher's layers, of
+    the same width; pruned: the teacher with fewer channels, heads, neurons and layers; auto: pruned where the two fit
+    each other, random elsewhere (printed, and recorded in plan.json)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -21,8 +21,9 @@ from histill.distill.task import DistillTask
 from histill.distill.teacher import Teacher
 from histill.distill.views import make_views
 from histill.errors import ConfigError
-from histill.models import build_student, load_encoder, wrap
+from histill.models import build_student, channel_statistics, fold_standardisation, load_encoder, wrap
 from histill.models.encoder import Encoder
+from histill.models.prune import prune_teacher, why_not_prunable
 from histill.tiles.images import ImageFolder
 from histill.tiles.loader import batches
 
@@ -30,6 +31,7 @@ __all__ = ["Parts", "build", "resolve_views", "untrained_student"]
 
 _LOCAL_SHARE = 98 / 224
 _LARGEST_GLOBAL_PX = 224
+_PRUNE_TILES, _ADAPTOR_TILES = 256, 1024
 _FIT_STREAM = 1 << 40  # positions of the fitting pass, far from those of training
 
 
@@ -39,6 +41,8 @@ class Parts:
 
     config: DistillConfig
     """With the sizes of the views filled in."""
+    init: str
+    """How the student started: random, pruned, layers or a bundle's name."""
     device: torch.device
     autocast: torch.autocast
     source: ImageFolder
@@ -88,12 +92,19 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     held_out = held_out_paths(config.tiles, tables) if config.checks.hold_out_test else ()
     source = ImageFolder.scan(config.tiles, table=config.table, hold_out=held_out)
     encoder = load_encoder(config.teacher, device=device)
-    student_model = _student_model(config, encoder)
-    student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std, licence=None).to(device)
+    student_model, init = _student_model(config, encoder)
+    student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std)
     student.train()
     for model in (encoder, student):
         plain_attention_on_cpu(model, device)
     config = resolve_views(config, source, encoder.input_px, student.patch_px)
+    if init == "pruned":
+        with closing(_fit_crops(config, source, device, min(len(source), _PRUNE_TILES))) as crops:
+            prune_teacher(student_model, encoder, crops)
+        # The kept channels are principal axes of very unequal variance; a standardised class token starts level.
+        with closing(_fit_crops(config, source, device, min(len(source), _PRUNE_TILES))) as crops:
+            fold_standardisation(student_model, *channel_statistics(student, crops))
+    student.to(device)
     teacher = Teacher(encoder, config.objective, config.views.global_px).to(device)
     if statistics.exists():
         teacher.load_statistics(statistics)
@@ -105,8 +116,11 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         task = DistillTask(config.objective, student.embed_dim, teacher, config.seed).to(device)
+    with closing(_fit_crops(config, source, device, min(len(source), _ADAPTOR_TILES))) as crops:
+        task.fit_adaptors(student, teacher, crops, autocast)
     return Parts(
         config=config,
+        init=init,
         device=device,
         autocast=autocast,
         source=source,
@@ -119,15 +133,25 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     )
 
 
-def _student_model(config: DistillConfig, encoder: Encoder) -> nn.Module:
-    if config.init == "random":
-        model = build_student(config.student, seed=config.seed)
-    elif config.init == "teacher":
-        model = build_student(config.student, seed=config.seed, init="teacher", teacher=encoder.model)
-    else:
-        model = build_student(config.student, seed=config.seed, init="bundle", init_from=config.init)
-    assert isinstance(model, nn.Module)
-    return model
+def _student_model(config: DistillConfig, encoder: Encoder) -> tuple[nn.Module, str]:
+    """The student's model and how it starts; for ``pruned`` the weights are set later, when crops can be made."""
+    model: nn.Module = build_student(config.student, seed=config.seed)
+    init = config.init
+    if init in ("auto", "pruned"):
+        reason = why_not_prunable(model, encoder.model)
+        if reason and init == "pruned":
+            raise ConfigError(
+                "this student cannot start as the teacher pruned",
+                where="--init",
+                got=reason,
+                remedy="use --init auto or --init random",
+            )
+        return model, f"random, since {reason}" if reason else "pruned"
+    if init == "random":
+        return model, init
+    if init == "layers":
+        return build_student(config.student, seed=config.seed, init="teacher", teacher=encoder.model), init
+    return build_student(config.student, seed=config.seed, init="bundle", init_from=init), init
 
 
 def untrained_student(parts: Parts) -> Encoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-
 from torch import nn
 
 from histill.errors import ConfigError
@@ -51,4 +50,4 @@ def plain_attention_on_cpu(model: nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+                module.fused_attn = False  # type: ignore[assignment]

@@ -20,21 +20,23 @@ H0_MINI = DistillConfig(
 # that the teacher, which is most of the work, sees each tile once a step.
 TOKENS = DistillConfig(
     student="vit-small",
+    init="auto",
     batch_tiles=64,
     views=ViewConfig(n_global=1, n_local=0, teacher_view="clean"),
     objective=ObjectiveConfig(
         dino=0.0, ibot=0.0, koleo=0.0, token_cls=1.0, token_patch=1.0, teacher_head="none", adaptor_hidden=0
     ),
-    optimiser=OptimiserConfig(base_lr=4e-3, weight_decay_end=0.04, freeze_last_layer=0.0),
+    optimiser=OptimiserConfig(base_lr=6e-4, weight_decay_end=0.04, freeze_last_layer=0.0),
 )
 
 # DINO + iBOT on prototypes, sized for 2 cores: small crops, few local ones, narrow heads.
 CPU = DistillConfig(
     student="vit-tiny",
+    init="auto",
     batch_tiles=32,
     views=ViewConfig(n_global=2, n_local=2, teacher_view="clean"),
     objective=ObjectiveConfig(head_hidden=512, head_bottleneck=128),
-    optimiser=OptimiserConfig(base_lr=4e-3, weight_decay_end=0.04),
+    optimiser=OptimiserConfig(base_lr=6e-4, weight_decay_end=0.04),
 )
 
 PRESETS: dict[str, DistillConfig] = {"h0-mini": H0_MINI, "tokens": TOKENS, "cpu": CPU}

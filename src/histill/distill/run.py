@@ -92,7 +92,7 @@ class _Run:
         self.started = time.monotonic()
         console.print(f"teacher {config.teacher}, student {config.student}", highlight=False)
         self.parts = build(config, folder / "teacher_statistics.safetensors")
-        notice = licence_notice({"teacher": teacher_record(self.parts.teacher.encoder)})
+        notice = licence_notice(teacher_record(self.parts.teacher.encoder))
         if notice:
             console.print(f"[bold yellow]{notice}[/]")
         for note in self.parts.checker.notes():
@@ -102,6 +102,7 @@ class _Run:
     def go(self) -> dict[str, Any] | None:
         parts = self.parts
         views = parts.config.views
+        self.console.print(f"the student starts {parts.init}", highlight=False)
         self.console.print(
             f"{len(parts.source)} tiles ({parts.source.held_out} held out as test tiles), "
             f"{views.n_global} x {views.global_px} px + {views.n_local} x {views.local_px} px views"
@@ -182,6 +183,7 @@ class _Run:
             "autocast": str(parts.autocast.fast_dtype)
             if parts.autocast.fast_dtype and parts.autocast._enabled
             else "off",
+            "init": parts.init,
             "device": str(parts.device),
             "histill": __version__,
         }

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib.resources
+import io
+import json
+import re
+import shlex
+import shutil
+import socket
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+
+from histill import config as configs
+from histill import files
+from histill.cli import main
+from histill.demo import command
+from histill.demo import run as demo_run
+from histill.demo.config import DemoConfig
+from histill.demo.run import TEACHER, demo, distill_config
+from histill.distill import PRESETS, DistillConfig
+from histill.errors import ConfigError, RunError
+from histill.models import load_encoder, read_bundle
+from histill.synthetic import KINDS
+
+LIMIT_BYTES = 2_000_000
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+def _no_network(*_: object) -> None:
+    raise AssertionError("the demo must not use the network")
+
+
+def _tiny(out: Path, **changed: Any) -> DemoConfig:
+    return dataclasses.replace(DemoConfig(out=out, minutes=0.02, tiles=96), **changed)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo of a few steps, made without a network."""
+    out = tmp_path_factory.mktemp("demo") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", _no_network)
+        patch.setattr(socket, "getaddrinfo", _no_network)
+        report = demo(_tiny(out), console=Console(quiet=True))
+    assert report == out / "report.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def facts(finished: Path) -> dict[str, Any]:
+    read: dict[str, Any] = files.read_json(finished / "summary.json")
+    return read
+
+
+# ------------------------------------------------------------------ summary.json
+
+
+def test_the_summary_holds_what_was_promised(facts: dict[str, Any]) -> None:
+    assert set(facts) >= {
+        "headline",
+        "scores",
+        "retention",
+        "agreement",
+        "collapse_warning",
+        "models",
+        "speed",
+        "neighbours",
+        "training",
+        "seed",
+        "config",
+        "versions",
+        "machine",
+        "seconds",
+    }
+    assert set(facts["versions"]) >= {"histill", "python", "torch", "timm"}
+    assert set(facts["scores"]) == {"teacher", "student", "untrained"}
+    assert facts["config"]["demo"]["tiles"] == 96
+    assert configs.from_dict(DistillConfig, facts["config"]["distill"]).student == "vit-nano"
+    assert facts["seconds"]["total"] >= sum(value for name, value in facts["seconds"].items() if name != "total") - 0.5
+
+
+def test_retention_is_what_the_scores_say(facts: dict[str, Any]) -> None:
+    seen = 0
+    for table, metrics in facts["retention"].items():
+        for metric, share in metrics.items():
+            teacher, student, untrained = (
+                facts["scores"][n][table][metric] for n in ("teacher", "student", "untrained")
+            )
+            if teacher - untrained < 0.02:
+                assert share is None
+                assert "does not lead" in facts["no_retention"][table][metric]
+            else:
+                assert share == pytest.approx((student - untrained) / (teacher - untrained))
+            seen += 1
+    assert seen == 7
+    assert facts["headline"]["retention"] == facts["retention"]["labels"]["linear_auc"]
+
+
+def test_the_headline_repeats_the_measurements(facts: dict[str, Any]) -> None:
+    head = facts["headline"]
+    assert head["scanner_top_1"] == {name: facts["scores"][name]["paired"]["top_1"] for name in facts["scores"]}
+    low, high = facts["speed"]["ratio_quartiles"]
+    assert low <= head["speed_ratio"] <= high
+    assert facts["models"]["student"]["params"] < facts["models"]["teacher"]["params"]
+    assert facts["models"]["student"]["macs"] < facts["models"]["teacher"]["macs"]
+
+
+def test_checks_of_training_end_with_the_final_scores(finished: Path, facts: dict[str, Any]) -> None:
+    run = files.read_json(finished / "run" / "summary.json")
+    last = facts["training"]["checks"][-1]
+    assert last["step"] == facts["training"]["steps"] == run["steps"]
+    assert last["scores"] == run["student"] == facts["scores"]["student"]
+
+
+def test_paired_fields_and_test_slides_are_kept_out_of_training(facts: dict[str, Any]) -> None:
+    assert facts["training"]["plan"]["tiles"] == 64
+    assert facts["training"]["plan"]["tiles_held_out"] == 32
+
+
+# ------------------------------------------------------------------ report.html
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str]] = []
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        values = {name: value or "" for name, value in attrs}
+        self.loads += [values[name] for name in ("src", "href", "srcset", "data", "poster", "action") if name in values]
+        if tag == "img":
+            self.images.append(values)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else, at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> Page:
+    parsed = Page()
+    parsed.feed((finished / "report.html").read_text(encoding="utf-8"))
+    parsed.close()
+    return parsed
+
+
+def test_the_report_is_one_file_that_loads_nothing(finished: Path, page: Page) -> None:
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert len(text.encode()) < LIMIT_BYTES
+    assert not page.open, "every tag is closed"
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert all(load.startswith("data:image/") for load in page.loads)
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_every_picture_is_there_and_described(page: Page) -> None:
+    per_class, looks, neighbours, tokens = 8 * 4, 4, 4 * (1 + 5 + 5), 4 * 2 * 3
+    assert len(page.images) == per_class + looks + neighbours + tokens
+    for image in page.images:
+        assert image["alt"]
+        with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as decoded:
+            pixels = np.asarray(decoded)
+        assert pixels.shape in ((128, 128, 3), (224, 224, 3), (16, 16, 3))
+        assert pixels.std() > 2, "not blank"
+
+
+def test_the_page_says_the_numbers_of_the_summary(page: Page, facts: dict[str, Any]) -> None:
+    text = " ".join(" ".join(page.text).split())
+    head = facts["headline"]
+    assert f"{head['speed_ratio']:.1f} times as fast" in text
+    assert f"teacher {100 * head['scanner_top_1']['teacher']:.0f}%" in text
+    if head["retention"] is not None:
+        assert f"{100 * head['retention']:.0f}%".replace("-", "\N{MINUS SIGN}") in text
+    for name in ("teacher", "student", "untrained"):
+        assert f"{facts['scores'][name]['labels']['linear_auc']:.3f}" in text
+        scores = facts["scores"][name]["labels"]
+        assert f"{scores['linear_auc_low']:.3f} to {scores['linear_auc_high']:.3f}" in text
+    assert f"{facts['models']['student']['params']:,}" in text
+    assert "None" not in text
+    assert not re.search(r"\bnan\b", text)
+
+
+def test_the_page_shows_the_charts_with_units(page: Page) -> None:
+    text = " ".join(page.text)
+    for label in ("training steps", "area under the ROC curve", "cross-entropy (nats)", "learning rate, in 0.0001"):
+        assert label in text
+
+
+def test_the_commands_for_real_tissue_are_understood(page: Page) -> None:
+    shown = "".join(page.text).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("histill distill ")]
+    assert {words[2] for words in commands} == {"cpu", "h0-mini"}
+    for words in commands:
+        config = configs.parse(DistillConfig, words[3:], prog="test", description="", default=PRESETS[words[2]])
+        config.require_complete()
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def test_a_finished_demo_says_so_and_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+    assert command.run(["--out", str(finished), "--minutes", "0.02", "--tiles", "96"]) == 0
+    seen = capsys.readouterr()
+    assert "finished already" in seen.err
+    assert seen.out == f"report: {finished / 'report.html'}\n"
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"} == before
+
+
+def test_another_seed_in_the_same_folder_is_refused(finished: Path) -> None:
+    with pytest.raises(RunError, match="seed: 0 there, 5 now"):
+        demo(_tiny(finished, seed=5), console=Console(quiet=True))
+
+
+def test_an_error_at_the_end_leaves_nothing_half_written_and_the_next_call_goes_on(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import histill.demo.report
+
+    trained = (finished / "run" / "summary.json").stat().st_mtime_ns
+    for name in ("report.html", "summary.json"):
+        (finished / name).unlink()
+    (finished / ".tmp-0123456789abcdef").mkdir()  # of a process that was killed
+
+    def broken(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(histill.demo.report, "render", broken)
+        with pytest.raises(KeyboardInterrupt):
+            demo(_tiny(finished), console=Console(quiet=True))
+    assert {path.name for path in finished.iterdir()} == {".lock", "demo.json", "tiles", "run"}
+    assert demo(_tiny(finished), console=Console(quiet=True)) == finished / "report.html"
+    assert files.read_json(finished / "summary.json")["resumed"] is True
+    assert (finished / "run" / "summary.json").stat().st_mtime_ns == trained, "it is not trained again"
+
+
+def test_a_demo_that_was_moved_is_not_continued_in_its_old_place(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    (moved / "summary.json").unlink()
+    with pytest.raises(RunError, match="moved"):
+        demo(_tiny(moved), console=Console(quiet=True))
+
+
+def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"not a demo[\s\S]*thesis\.txt"):
+        demo(_tiny(tmp_path), console=Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("below", ["", "demo"])
+def test_a_file_where_the_folder_should_be_is_a_clear_error(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        demo(_tiny(tmp_path / "file" / below), console=Console(quiet=True))
+
+
+def test_a_folder_that_may_not_be_written_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(demo_run.configs, "save", forbidden)  # root may write anywhere, so chmod would not do
+    with pytest.raises(ConfigError, match=r"cannot be written[\s\S]*Permission denied"):
+        demo(_tiny(tmp_path / "new"), console=Console(quiet=True))
+
+
+def test_a_demo_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import histill.distill.run
+
+    monkeypatch.setattr(histill.distill.run, "distill", lambda config, console: None)
+    monkeypatch.setattr(demo_run, "write_tile_set", lambda folder, **_: folder.mkdir())
+    assert command.run(["--out", str(tmp_path / "new"), "--tiles", "96"]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock", "demo.json", "tiles"}
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_training_gets_what_the_rest_leaves(tmp_path: Path) -> None:
+    config = DemoConfig(out=tmp_path)
+    assert distill_config(config, 40.0).minutes == pytest.approx((210 - 40 - 20) / 60)
+    assert distill_config(config, 500.0).minutes == pytest.approx(0.3 * 3.5), "slow drawing does not starve training"
+    assert (
+        dataclasses.replace(config, minutes=1e-6).minutes
+        < distill_config(dataclasses.replace(config, minutes=1e-6), 9.0).minutes
+    )
+
+
+def test_the_distillation_is_the_preset_with_token_losses(tmp_path: Path) -> None:
+    told = distill_config(DemoConfig(out=tmp_path, seed=3), 0.0)
+    weights = {name: getattr(told.objective, name) for name in ("dino", "ibot", "token_cls", "token_patch")}
+    assert weights == dict.fromkeys(weights, 1.0)
+    assert (told.views.global_px, told.student, told.seed) == (112, "vit-nano", 3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [("--tiles", "95", "96 or more"), ("--minutes", "0", "above 0"), ("--seed", "-1", "0 or more")],
+)
+def test_settings_out_of_range_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["demo", "--out", str(tmp_path / "new"), option, value])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert allowed in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_slide_can_show_every_kind() -> None:
+    assert len(KINDS) == 4, "the fewest tiles of the demo's config count on it"
+
+
+# ------------------------------------------------------------------ the teacher in the package
+
+
+def test_the_teacher_ships_small_and_loads() -> None:
+    folder = importlib.resources.files("histill.demo").joinpath("assets", "teacher")
+    assert Path(str(folder)) == TEACHER
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 6_000_000
+    with safe_open(TEACHER / "model.safetensors", framework="pt") as weights:
+        kinds = {str(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
+    assert kinds == {"F16"}
+    encoder = load_encoder(f"local-dir:{TEACHER}")
+    assert (encoder.embed_dim, encoder.patch_px, encoder.input_px) == (192, 14, 112)
+
+
+def test_the_teacher_says_where_it_comes_from() -> None:
+    bundle = read_bundle(TEACHER)
+    assert bundle.provenance["content_hash"] == bundle.encoder.content_hash()
+    assert bundle.provenance["licence"] == bundle.encoder.licence == "MIT"
+    card = (TEACHER / "README.md").read_text(encoding="utf-8")
+    assert "distilled by histill from a DINOv2-type ViT-S/14" in card
+    assert "license: mit" in card
+    record = json.dumps(bundle.provenance)
+    assert "local-dir:" not in record
+    assert not re.search(r'": "(/|\.\.)', record), "no path of the machine that made it"
+
+
+def test_the_template_ships_with_the_package() -> None:
+    assert importlib.resources.files("histill.demo").joinpath("templates", "report.html.j2").is_file()
+
+
+# ------------------------------------------------------------------ at full size
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path: Path) -> None:
+    report = demo(DemoConfig(out=tmp_path / "new"))
+    assert report is not None
+    assert report.stat().st_size < LIMIT_BYTES
+    facts = files.read_json(tmp_path / "new" / "summary.json")
+    print(f"\n{facts['seconds']}, {facts['training']['steps']} steps, {facts['headline']}")
+    assert facts["headline"]["retention"] > 0.3
+    assert facts["collapse_warning"] is None
