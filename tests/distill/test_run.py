@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,10 +21,15 @@ from histill.distill.record import one_process, read_rows
 from histill.models import read_bundle
 
 STEPS = 14
-SMALL = (
-    "--student vit-nano --batch-tiles 8 --objective.head-hidden 32 --objective.head-bottleneck 16 "
-    "--objective.token-cls 1 --objective.token-patch 1 --checks.agreement-tiles 32 --loader-threads 1"
-).split()
+SMALL = [
+    "--student=vit-nano",
+    "--batch-tiles=8",
+    "--objective.head-hidden=32",
+    "--objective.head-bottleneck=16",
+    "--objective.token-cls=1",
+    "--objective.token-patch=1",
+    "--checks.agreement-tiles=32",
+]
 
 
 def command(teacher: Path, tiles: Path, out: Path, *more: str) -> list[str]:
@@ -243,7 +247,7 @@ def test_bad_input_is_one_clear_error(
     wrong[wrong.index("--teacher") + 1] = "h-optimus-9"
     fails(wrong, capsys, "h-optimus-9", "h-optimus-0")
     wrong[wrong.index("--teacher") + 1] = f"local-dir:{small_teacher}"
-    wrong[wrong.index("--student") + 1] = "vit-tinny"
+    wrong[wrong.index("--student=vit-nano")] = "--student=vit-tinny"
     fails(wrong, capsys, "vit-tinny", "vit-tiny")
     fails(["distill", "tokenz"], capsys, "tokens")
 
@@ -310,7 +314,7 @@ def test_second_process_in_a_run_folder_is_refused(
 ) -> None:
     with one_process(tmp_path):
         fails(command(small_teacher, small_tiles, tmp_path, "--steps", "1"), capsys, "another process")
-    assert os.listdir(tmp_path) == [".lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_damaged_checkpoint_is_named(

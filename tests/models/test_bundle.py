@@ -181,11 +181,12 @@ def test_own_card(tmp_path):
     assert (tmp_path / "b" / "README.md").read_text() == "# mine\n"
 
 
-def test_teacher_record(tmp_path):
-    write(tmp_path / "b", licence="MIT")
+@pytest.mark.parametrize(("licence", "derivatives"), [("MIT", True), ("own terms", None), (None, None)])
+def test_teacher_record(tmp_path, licence, derivatives):
+    write(tmp_path / "b", licence=licence)
     encoder = load_encoder(f"local-dir:{tmp_path / 'b'}")
     record = json.loads(json.dumps(teacher_record(encoder)))
     assert record["name"] == "b"  # no path of this machine on a public card
-    assert record["licence"] == "MIT"
-    assert record["derivatives"] is None
+    assert record["licence"] == licence
+    assert record["derivatives"] is derivatives
     assert record["content_hash"] == encoder.content_hash()

@@ -113,5 +113,5 @@ def test_what_does_not_fit_is_said(changes: dict[str, Any], words: str) -> None:
     reason = why_not_prunable(student, teacher)
     assert reason is not None
     assert words in reason
-    with pytest.raises(ModelError, match="--init random"):
+    with pytest.raises(ModelError, match="--init auto"):
         prune_teacher(student, encoder(teacher), [])

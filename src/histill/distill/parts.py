@@ -138,14 +138,7 @@ def _student_model(config: DistillConfig, encoder: Encoder) -> tuple[nn.Module, 
     model: nn.Module = build_student(config.student, seed=config.seed)
     init = config.init
     if init in ("auto", "pruned"):
-        reason = why_not_prunable(model, encoder.model)
-        if reason and init == "pruned":
-            raise ConfigError(
-                "this student cannot start as the teacher pruned",
-                where="--init",
-                got=reason,
-                remedy="use --init auto or --init random",
-            )
+        reason = why_not_prunable(model, encoder.model) if init == "auto" else None  # else pruning itself complains
         return model, f"random, since {reason}" if reason else "pruned"
     if init == "random":
         return model, init

@@ -79,22 +79,35 @@ def spherical_kmeans(
         best_M, now_M = _assign(unit_MD, prototypes_KD)
         moved = (now_M != assigned_M).sum()
         assigned_M = now_M
-        sums_KD = torch.zeros_like(prototypes_KD).index_add_(0, assigned_M, unit_MD)
-        counts_K = torch.bincount(assigned_M, minlength=count).float()
+        prototypes_KD, dead = _move(unit_MD, assigned_M, best_M, count, reduce)
         if reduce is not None:
-            sums_KD, counts_K, moved = reduce(sums_KD), reduce(counts_K), reduce(moved)
-        prototypes_KD = F.normalize(sums_KD, dim=-1)
-        dead_K = (counts_K == 0).nonzero().squeeze(1)
-        if len(dead_K):
-            # The worst-fitted tokens of this rank; ranks average their proposals so that all stay equal.
-            worst_K = best_M.argsort()[: len(dead_K)]
-            fresh_KD = unit_MD[worst_K]
-            if reduce is not None:
-                fresh_KD = reduce(fresh_KD.clone())
-            prototypes_KD[dead_K] = F.normalize(fresh_KD, dim=-1)
-        elif int(moved) == 0:
+            moved = reduce(moved)
+        if not dead and int(moved) == 0:
             break
     return prototypes_KD
+
+
+def _move(
+    unit_MD: torch.Tensor,
+    assigned_M: torch.Tensor,
+    best_M: torch.Tensor,
+    count: int,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, int]:
+    """Prototypes (K, D) at the directions of their tokens, and how many had none and start anew."""
+    sums_KD = torch.zeros(count, unit_MD.shape[1], device=unit_MD.device).index_add_(0, assigned_M, unit_MD)
+    counts_K = torch.bincount(assigned_M, minlength=count).float()
+    if reduce is not None:
+        sums_KD, counts_K = reduce(sums_KD), reduce(counts_K)
+    prototypes_KD = F.normalize(sums_KD, dim=-1)
+    dead_K = (counts_K == 0).nonzero().squeeze(1)
+    if len(dead_K):
+        # The worst-fitted tokens of this rank; ranks add up their proposals, so that all stay equal.
+        fresh_KD = unit_MD[best_M.argsort()[: len(dead_K)]]
+        if reduce is not None:
+            fresh_KD = reduce(fresh_KD.clone())
+        prototypes_KD[dead_K] = F.normalize(fresh_KD, dim=-1)
+    return prototypes_KD, len(dead_K)
 
 
 def _assign(unit_MD: torch.Tensor, prototypes_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from histill import __version__, files
 from histill.errors import ModelError
-from histill.models.card import model_card
+from histill.models.card import HUB_LICENCES, model_card
 from histill.models.encoder import Embedding, Encoder, load_encoder, wrap
 from histill.models.sources import read_config, read_record
 
@@ -87,12 +87,16 @@ def teacher_record(encoder: Encoder) -> dict[str, Any]:
     return {
         "name": name,
         "licence": encoder.licence,
-        "derivatives": spec.derivatives if spec else None,
+        "derivatives": spec.derivatives if spec else _allows_derivatives(encoder.licence),
         "gated": spec.gated if spec else None,
         "source_url": spec.source_url if spec else None,
         "embed_dim": encoder.embed_dim,
         "content_hash": encoder.content_hash(),
     }
+
+
+def _allows_derivatives(licence: str | None) -> bool | None:
+    return True if licence is not None and licence.lower() in HUB_LICENCES else None
 
 
 def write_bundle(
@@ -140,15 +144,7 @@ def write_bundle(
     _check_description(model, student)
     _check_place(folder)
     encoder = wrap(model, name=folder.name, mean=mean, std=std, input_px=input_px, embedding=embedding)
-    record = {
-        **provenance,
-        "format": 1,
-        "histill_version": __version__,
-        "embedding": embedding,
-        "licence": licence,
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-        "content_hash": encoder.content_hash(),
-    }
+    record = provenance | _facts(encoder, licence)
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()
     }
@@ -159,6 +155,18 @@ def write_bundle(
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         files.write_json(temporary / "histill.json", record)
         files.write_text(temporary / "README.md", text)
+
+
+def _facts(encoder: Encoder, licence: str | None) -> dict[str, Any]:
+    """What is added to every provenance."""
+    return {
+        "format": 1,
+        "histill_version": __version__,
+        "embedding": encoder.embedding,
+        "licence": licence,
+        "params": sum(parameter.numel() for parameter in encoder.model.parameters()),
+        "content_hash": encoder.content_hash(),
+    }
 
 
 def _check_place(folder: Path) -> None:

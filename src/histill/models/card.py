@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["licence_notice", "model_card"]
 
-# licences that the hub knows by an identifier of its own
+# licences that the hub knows by an identifier of its own; each of them allows derived works
 HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0"}
 
 

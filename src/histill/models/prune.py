@@ -159,12 +159,8 @@ def prune_teacher(student: Any, encoder: Encoder, images: Iterable[Tensor]) -> f
     teacher: Any = encoder.model
     reason = why_not_prunable(student, teacher)
     if reason is not None:
-        raise ModelError(
-            "this student cannot start as the teacher pruned",
-            where=encoder.name,
-            got=reason,
-            remedy="use --init random",
-        )
+        what, remedy = "this student cannot start as the teacher pruned", "use --init auto or --init random"
+        raise ModelError(what, where=encoder.name, got=reason, remedy=remedy)
     layers = evenly_chosen(len(student.blocks), len(teacher.blocks))
     seen = _look(encoder, images, layers)
     encode_SD, kept = _principal_axes(seen, student.embed_dim)
@@ -181,16 +177,10 @@ def prune_teacher(student: Any, encoder: Encoder, images: Iterable[Tensor]) -> f
         theirs = teacher.blocks[index]
         _unit(own.norm1)
         _unit(own.norm2)
-        _prune_attention(
-            own,
-            theirs,
-            seen.outputs[f"{index}.attn"],
-            encode_SD,
-            *read(theirs.attn.qkv, theirs.norm1, f"{index}.norm1"),
-        )
-        _prune_mlp(
-            own, theirs, seen.outputs[f"{index}.mlp"], encode_SD, *read(theirs.mlp.fc1, theirs.norm2, f"{index}.norm2")
-        )
+        qkv = read(theirs.attn.qkv, theirs.norm1, f"{index}.norm1")
+        _prune_attention(own, theirs, seen.outputs[f"{index}.attn"], encode_SD, *qkv)
+        fc1 = read(theirs.mlp.fc1, theirs.norm2, f"{index}.norm2")
+        _prune_mlp(own, theirs, seen.outputs[f"{index}.mlp"], encode_SD, *fc1)
     _unit(student.norm)
     mean_D, _ = seen.patch.mean_covariance()
     _prune_stem(student, teacher, encode_SD, mean_D.float().cpu())

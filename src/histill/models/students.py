@@ -166,20 +166,13 @@ def build_student(
     import timm
     import torch
 
-    if name not in STUDENTS:
-        raise ConfigError(
-            "there is no student of this name",
-            got=repr(name),
-            allowed=", ".join(STUDENTS),
-            remedy=nearest(name, STUDENTS),
-        )
+    spec = _spec(name)
     if (init == "bundle") != (init_from is not None) or (init == "teacher") != (teacher is not None):
         raise ConfigError(
             "the start of a student and its source do not match",
             got=f"init={init!r}, init_from={init_from!r}, teacher {'given' if teacher is not None else 'not given'}",
             allowed="init='random' alone, init='bundle' with init_from, init='teacher' with teacher",
         )
-    spec = STUDENTS[name]
     with contextlib.ExitStack() as stack:
         if seed is not None:
             stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -192,6 +185,17 @@ def build_student(
     if teacher is not None:
         init_from_teacher(model, teacher, layers)
     return model
+
+
+def _spec(name: str) -> StudentSpec:
+    if name not in STUDENTS:
+        raise ConfigError(
+            "there is no student of this name",
+            got=repr(name),
+            allowed=", ".join(STUDENTS),
+            remedy=nearest(name, STUDENTS),
+        )
+    return STUDENTS[name]
 
 
 def _load_strictly(student: nn.Module, init_from: str, name: str) -> None:

@@ -93,10 +93,8 @@ def write_tile_set(
 
     Raises
     ------
-    ConfigError
-        Too few slides or tiles, a repeated appearance, a count that is not positive.
-    DataError
-        The folder is not empty.
+    ConfigError, DataError
+        Too few slides or tiles, a repeated appearance, a count that is not positive; a folder that is not empty.
     """
     looks = tuple(product(stains, scanners))
     _check(folder, tiles=tiles, slides=slides, fields=fields, workers=workers, looks=looks)

@@ -59,7 +59,7 @@ def chunked_prototype_loss(
 ) -> PrototypeLoss:
     """Cross-entropy of student scores with Sinkhorn scores of the teacher, without the logits of all tokens.
 
-    Equal to `sinkhorn` of ``teacher_ME @ prototypes_KE.T`` followed by a weighted cross-entropy with the student's
+    Equal to `sinkhorn` of ``teacher_ME @ prototypes_KE.T``, then a weighted cross-entropy with the student's logits
     ``student_hidden_MB @ student_weight_KB.T``. The gradients for the two student tensors are computed with the loss
     and held until the backward pass, which only scales them (as in Hsu et al., *Liger kernel*, 2024, for language
     models). Products are taken in float32 (float64 if the student's tensors are) outside autocast; on GPUs
@@ -67,15 +67,12 @@ def chunked_prototype_loss(
 
     Parameters
     ----------
-    student_hidden_MB
-        L2-normalised outputs of the student head's bottleneck.
-    student_weight_KB
-        Weight-normalised last layer of the student's head.
+    student_hidden_MB, student_weight_KB
+        L2-normalised outputs of the student head's bottleneck, and its weight-normalised last layer.
     teacher_ME, prototypes_KE
         Their products are the teacher's logits; no gradient flows into them.
     weights_M
-        Weight of each token in the loss, see `token_weights`. A token of weight 0 still takes part in Sinkhorn:
-        leave out what must not.
+        Weight of each token in the loss, see `token_weights`. A token of weight 0 still takes part in Sinkhorn.
     teacher_temperature, student_temperature
         Divide the logits.
     iterations
@@ -85,13 +82,11 @@ def chunked_prototype_loss(
     chunk_rows
         Tokens per chunk; None chooses by the number of prototypes and the device.
     held_bytes
-        Memory for teacher logits that are then computed once and not in every stream; 64 MiB hold the logits of small
-        runs. The values do not depend on it.
+        Memory for teacher logits that are then computed once, not in every stream. Values do not depend on it.
     """
     assert student_hidden_MB.shape[0] == teacher_ME.shape[0] == weights_M.shape[0], "one row and weight per token"
     assert student_weight_KB.shape[0] == prototypes_KE.shape[0], "teacher and student share the prototypes"
-    assert min(teacher_temperature, student_temperature) > 0, "a temperature is positive"
-    assert iterations >= 0, f"a number of iterations is not negative, got {iterations}"
+    assert min(teacher_temperature, student_temperature, iterations + 1) > 0, "temperatures > 0, iterations >= 0"
     dtype = torch.float64 if student_hidden_MB.dtype == torch.float64 else torch.float32
     rows = chunk_rows or _rows(prototypes_KE.shape[0], prototypes_KE.device)
     with torch.autocast(teacher_ME.device.type, enabled=False):

@@ -74,8 +74,7 @@ def make_views(
     Parameters
     ----------
     tiles_BCHW
-        uint8, three colours, on the device that shall do the work; smaller tiles stand in the upper left corner of
-        the common size, and what lies beside them is never read.
+        uint8, RGB, on the device that shall do the work; smaller tiles stand at the top left, the rest is never read.
     sizes_B2
         True height and width of each tile, pixels.
     positions_B
@@ -85,8 +84,7 @@ def make_views(
     seed
         The run's seed.
     out
-        Views that are no longer needed: their memory is used again where the shapes agree. On a CPU fresh memory costs
-        about as much as stain jitter.
+        Views that are no longer needed: their memory is used again where the shapes agree (fresh memory is slow).
 
     Raises
     ------
