@@ -200,3 +200,36 @@ def test_heads_that_do_not_fit_are_refused(small_teacher: Path, tmp_path: Path) 
     path.unlink()
     with pytest.raises(ModelError, match="cannot be read"):
         Teacher(encoder, config, 56)
+
+
+def test_linear_adaptors_start_at_the_least_squares_solution(small_teacher: Path, student: Encoder) -> None:
+    teacher = fitted(small_teacher, BASE)
+    torch.manual_seed(0)
+    task = DistillTask(BASE, student.embed_dim, teacher, seed=0)
+
+    @torch.no_grad()
+    def error() -> float:
+        parts = []
+        for batch in crops():
+            predicted = task.patch_adaptor(student(batch).patches_BHWD)
+            parts.append((predicted - teacher.targets(batch, 4).patches_MHWD).square().mean())
+        return float(torch.stack(parts).mean())
+
+    before = error()
+    task.fit_adaptors(student, teacher, crops(), OFF)
+    after = error()
+    assert after < 0.9 * min(before, 1.0)  # 1.0: the error of predicting nothing
+    with torch.no_grad():  # a minimum: a step along any direction does not help by more than the ridge holds back
+        for scale in (-0.05, 0.05):
+            task.patch_adaptor.layers[0].weight.mul_(1 + scale)
+            assert error() > after - 0.02
+            task.patch_adaptor.layers[0].weight.div_(1 + scale)
+
+
+def test_mlp_adaptors_keep_their_random_start(small_teacher: Path, student: Encoder) -> None:
+    config = dataclasses.replace(BASE, adaptor_hidden=8)
+    teacher = fitted(small_teacher, config)
+    task = DistillTask(config, student.embed_dim, teacher, seed=0)
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    task.fit_adaptors(student, teacher, crops(), OFF)
+    assert all(torch.equal(before[name], value) for name, value in task.state_dict().items())
