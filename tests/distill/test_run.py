@@ -298,6 +298,19 @@ def test_other_settings_in_the_same_folder_are_refused(
     fails(command(small_teacher, small_tiles, whole, "--steps", "99"), capsys, "other settings", "14 there, 99 now")
 
 
+def test_missing_tensorboard_is_said_before_anything_is_written(
+    small_teacher: Path,
+    small_tiles: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = command(small_teacher, small_tiles, tmp_path / "run", "--steps", "1", "--tensorboard", "True")
+    fails(arguments, capsys, "histill[tensorboard]")
+    assert not (tmp_path / "run").exists()
+
+
 def test_changed_tiles_are_refused(
     small_teacher: Path, own_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

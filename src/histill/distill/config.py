@@ -153,7 +153,7 @@ class CheckConfig:
     """Is it learning? Looked at every n steps and at the end."""
 
     every_steps: int = 0
-    """Steps between two checks; 0: ten checks over the run."""
+    """Steps between two checks; 0: six checks over the run."""
     tables: tuple[Path, ...] = ()
     """CSV tables to check on: path,label,slide,split (probes) or path,slide,scanner,x,y (scanner retrieval).
     None given: every such table that lies directly in the folder of tiles."""
@@ -193,9 +193,8 @@ class DistillConfig:
     seed: int = 0
     """Seed of everything that is drawn."""
     init: str = "random"
-    """How the student starts. random; a model bundle (local-dir:FOLDER); layers: a subset of the teacher's layers, of
-    the same width; pruned: the teacher with fewer channels, heads, neurons and layers; auto: pruned where the two fit
-    each other, random elsewhere (printed, and recorded in plan.json)."""
+    """How the student starts: random, local-dir:FOLDER (a bundle), layers (a subset of the teacher's), pruned (the
+    teacher with fewer channels, heads, neurons, layers), or auto (pruned where that fits, else random; printed)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -15,7 +15,7 @@ from typing import Any
 from histill import files
 from histill.errors import MissingExtraError, RunError
 
-__all__ = ["MetricsLog", "Stop", "one_process", "read_rows"]
+__all__ = ["MetricsLog", "Stop", "one_process", "read_rows", "require_tensorboard"]
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
         self._path, self._first_step = folder / "metrics.jsonl", first_step
-        self._board = _tensorboard(folder) if tensorboard else None
+        self._board = require_tensorboard()(str(folder / "tensorboard")) if tensorboard else None
 
     def __enter__(self) -> MetricsLog:
         kept = [line for line in read_rows(self._path) if line["step"] < self._first_step]
@@ -111,11 +111,12 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{name}", value
 
 
-def _tensorboard(folder: Path) -> Any:
+def require_tensorboard() -> Any:
+    """TensorBoard's writer class, or an error that says what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError(
             "TensorBoard is not installed", where="--tensorboard", remedy="pip install 'histill[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

@@ -17,7 +17,7 @@ from histill.distill.config import DistillConfig
 from histill.distill.loop import Trained, step_batches, train, train_step
 from histill.distill.parts import Parts, build, untrained_student
 from histill.distill.progress import Stopwatch
-from histill.distill.record import Stop, one_process, read_rows
+from histill.distill.record import Stop, one_process, read_rows, require_tensorboard
 from histill.errors import RunError
 from histill.models import STUDENTS
 from histill.models.bundle import teacher_record, write_bundle
@@ -55,6 +55,8 @@ def distill(config: DistillConfig, *, console: Console | None = None) -> dict[st
     console = console or Console(stderr=True)
     if distributed.join().world > 1:
         raise RunError("a run on several processes is not built yet", remedy="start it without torchrun")
+    if config.tensorboard:
+        require_tensorboard()
     with one_process(config.out), Stop().listening() as stop:
         _claim(config, config.out)
         summary = config.out / "summary.json"

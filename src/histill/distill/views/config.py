@@ -22,7 +22,8 @@ class ViewConfig:
     """
 
     global_px: int = 0
-    """Side of a global crop, pixels; 0: the student's own input size."""
+    """Side of a global crop, pixels; 0: the largest multiple of two patches within the tiles, the teacher's input and
+    224 px."""
     local_px: int = 0
     """Side of a local crop, pixels; 0: about 0.44 of the global side, a multiple of the patch size."""
     n_global: int = 2
