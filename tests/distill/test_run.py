@@ -322,6 +322,19 @@ def test_changed_tiles_are_refused(
     fails(arguments, capsys, "tiles have changed")
 
 
+def test_changed_teacher_is_refused(
+    small_teacher: Path, small_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(shutil.copytree(small_teacher, tmp_path / "teacher"))
+    arguments = command(own, small_tiles, tmp_path / "run", "--steps", "2")
+    assert main(arguments) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    weights = load_file(own / "model.safetensors")
+    weights["norm.weight"][0] += 1.0
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    fails(arguments, capsys, "teacher's weights have changed")
+
+
 def test_second_process_in_a_run_folder_is_refused(
     small_teacher: Path, small_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ def test_the_same_images_give_the_same_weights_and_leave_the_teacher_alone() -> 
         (GATED, "kind of MLP"),
         ({"qk_norm": True}, "queries and keys"),
         ({"qkv_bias": False}, "no bias"),
+        ({"pre_norm": True}, "before its first block"),
     ],
 )
 def test_what_does_not_fit_is_said(changes: dict[str, Any], words: str) -> None:

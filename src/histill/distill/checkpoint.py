@@ -91,9 +91,7 @@ def load(path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.Optim
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors.get(f"optimiser/{key}/{parameter_name}")
                 if value is not None:
-                    # AdamW keeps its step counter on the CPU unless it is fused on a GPU, which moves it itself.
-                    place = value if key == "step" else value.to(parameter.device)
-                    optimiser.state[parameter][key] = place
+                    optimiser.state[parameter][key] = value.to(parameter.device)  # fused AdamW counts steps there too
     except RuntimeError as error:
         raise RunError("a checkpoint does not fit this run", where=path, got=error) from None
     return step

@@ -93,7 +93,7 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     source = ImageFolder.scan(config.tiles, table=config.table, hold_out=held_out)
     encoder = load_encoder(config.teacher, device=device)
     student_model, init = _student_model(config, encoder)
-    student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std)
+    student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std).to(device)
     student.train()
     for model in (encoder, student):
         plain_attention_on_cpu(model, device)
@@ -104,7 +104,6 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
         # The kept channels are principal axes of very unequal variance; a standardised class token starts level.
         with closing(_fit_crops(config, source, device, min(len(source), _PRUNE_TILES))) as crops:
             fold_standardisation(student_model, *channel_statistics(student, crops))
-    student.to(device)
     teacher = Teacher(encoder, config.objective, config.views.global_px).to(device)
     if statistics.exists():
         teacher.load_statistics(statistics)

@@ -29,6 +29,8 @@ class Stop:
         """Take the signals while the block runs; outside of the main thread nothing is changed."""
 
         def ask(number: int, frame: FrameType | None) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait for the end of the step
             self.asked = True
 
         try:

@@ -104,7 +104,7 @@ class _Run:
     def go(self) -> dict[str, Any] | None:
         parts = self.parts
         views = parts.config.views
-        self.console.print(f"the student starts {parts.init}", highlight=False)
+        self.console.print(f"start of the student: {parts.init}", highlight=False)
         self.console.print(
             f"{len(parts.source)} tiles ({parts.source.held_out} held out as test tiles), "
             f"{views.n_global} x {views.global_px} px + {views.n_local} x {views.local_px} px views"
@@ -153,16 +153,20 @@ class _Run:
         """The length of the run in steps and all else that is fixed at its start; kept in the run folder."""
         path = self.folder / "plan.json"
         parts, config = self.parts, self.parts.config
-        fingerprint = parts.source.fingerprint()
+        fingerprint, teacher_hash = parts.source.fingerprint(), parts.teacher.encoder.content_hash()
         if path.exists():
             plan: dict[str, Any] = files.read_json(path)
-            if plan["tiles_fingerprint"] != fingerprint:
-                raise RunError(
-                    "the tiles have changed since this run began",
-                    where=parts.source.root,
-                    got=f"{len(parts.source)} tiles, {plan['tiles']} at the start",
-                    remedy="restore the tiles, or start a run in another folder",
-                )
+            for what, where, now, then in (
+                ("tiles have", parts.source.root, fingerprint, plan["tiles_fingerprint"]),
+                ("teacher's weights have", config.teacher, teacher_hash, plan["teacher_hash"]),
+            ):
+                if now != then:
+                    raise RunError(
+                        f"the {what} changed since this run began",
+                        where=where,
+                        got=f"fingerprint {now[:12]}, {then[:12]} at the start",
+                        remedy="restore them, or start a run in another folder",
+                    )
             return plan
         steps, step_seconds = config.steps, None
         if config.minutes:
@@ -178,6 +182,7 @@ class _Run:
             "tiles": len(parts.source),
             "tiles_held_out": parts.source.held_out,
             "tiles_fingerprint": fingerprint,
+            "teacher_hash": teacher_hash,
             "global_px": config.views.global_px,
             "local_px": config.views.local_px,
             "cls_prototypes": _rows(parts.teacher.cls_prototypes_KE),

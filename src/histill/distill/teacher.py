@@ -154,7 +154,7 @@ class Teacher(nn.Module):
             patch_moments.add(patches_BND.flatten(0, 1))
             generator = torch.Generator().manual_seed(int(mix(seed, 0xF17, number) >> 1))
             chosen_BN = torch.rand(patches_BND.shape[:2], generator=generator).argsort(1)[:, :per_tile]
-            rows_B1 = torch.arange(len(patches_BND))[:, None]
+            rows_B1 = torch.arange(len(patches_BND), device=patches_BND.device)[:, None]
             cls_sample.append(cls_BD.float())
             patch_sample.append(patches_BND[rows_B1, chosen_BN.to(patches_BND.device)].float().flatten(0, 1))
         self.cls_standardiser.fit(cls_moments)

@@ -42,6 +42,8 @@ def why_not_prunable(student: Any, teacher: Any) -> str | None:
             return f"{whose} is not a plain pre-norm vision transformer of timm"
         if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2, model.norm)):
             return f"{whose} has norms of another kind than LayerNorm"
+        if not isinstance(model.norm_pre, nn.Identity):
+            return f"{whose} has a norm before its first block"
         if not isinstance(block.attn.q_norm, nn.Identity):
             return f"{whose} normalises queries and keys"
     if student.blocks[0].attn.qkv.bias is None:
