@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from histill.cli import main
-from histill.distill.checking import sample_tiles
+from histill.distill.checking import held_out_paths, sample_tiles
 from histill.models import read_bundle
 from histill.tiles.images import ImageFolder
 
@@ -25,7 +25,8 @@ def calibrated(small_teacher: Path, small_tiles: Path, tmp_path_factory: pytest.
 
 
 def test_class_tokens_are_standardised_on_the_tiles(calibrated: Path, small_teacher: Path, small_tiles: Path) -> None:
-    tiles = sample_tiles(ImageFolder.scan(small_tiles), 1000, 56)
+    held_out = held_out_paths(small_tiles, (small_tiles / "labels.csv",))
+    tiles = sample_tiles(ImageFolder.scan(small_tiles, hold_out=held_out), 1000, 56)
     with torch.no_grad():
         after, before = (read_bundle(folder).encoder(tiles).cls_BD for folder in (calibrated, small_teacher))
     torch.testing.assert_close(after.mean(0), torch.zeros(after.shape[1]), rtol=0, atol=1e-3)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from histill.distill.average import average_of, update_average
+from histill.distill.checking import held_out_paths
 from histill.distill.config import DistillConfig
 from histill.distill.parts import build, resolve_views
 from histill.distill.views.config import ViewConfig
@@ -33,6 +34,22 @@ def test_a_crop_must_divide_into_patches(tmp_path: Path) -> None:
     config = DistillConfig(views=ViewConfig(global_px=100))
     with pytest.raises(ConfigError, match="multiple of 14"):
         resolve_views(config, ImageFolder.scan(tmp_path), 224, 14)
+
+
+@pytest.mark.parametrize("written", ["relative", "absolute", "through a link"])
+def test_held_out_tiles_are_found_however_a_table_names_them(tmp_path: Path, written: str) -> None:
+    tiles, tables = tmp_path / "tiles" / "a", tmp_path / "tables"
+    for folder in (tiles, tables):
+        folder.mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tiles / name)
+    (tmp_path / "link").symlink_to(tmp_path / "tiles")
+    prefix = {"relative": "../tiles/a", "absolute": str(tiles), "through a link": "../tiles/a"}[written]
+    root = tmp_path / ("link" if written == "through a link" else "tiles")
+    (tables / "t.csv").write_text(f"path,label,slide,split\n{prefix}/1.png,x,s,test\n{prefix}/2.png,y,t,train\n")
+    held_out = held_out_paths(root, (tables / "t.csv",))
+    assert ImageFolder.scan(root, hold_out=held_out).paths == ("a/2.png",)
+    assert ImageFolder.scan(root, table=tables / "t.csv").paths == ("a/1.png", "a/2.png")
 
 
 def test_weight_decay_spares_biases_norms_and_layer_scales(

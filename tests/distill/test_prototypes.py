@@ -55,7 +55,8 @@ def test_more_prototypes_than_tokens_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "each", "expected"), [(10, 8, 64), (4096, 8, 512), (5000, 8, 512), (43_374_634, 8, 131_072)]
+    ("wanted", "most", "expected"),
+    [(1.2, 1000, 64), (512.0, 9000, 512), (625.0, 9000, 512), (5e6, 10**8, 131_072), (0.1, 10, 10)],
 )
-def test_counts_follow_the_data(samples: int, each: int, expected: int) -> None:
-    assert prototype_count(samples, each) == expected
+def test_counts_follow_the_data(wanted: float, most: int, expected: int) -> None:
+    assert prototype_count(wanted, most=most) == expected

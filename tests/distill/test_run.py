@@ -11,14 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from histill.cli import main
+from histill.distill import run
+from histill.distill.checking import held_out_paths
 from histill.distill.checkpoint import latest
 from histill.distill.record import one_process, read_rows
 from histill.models import read_bundle
+from histill.tiles.images import ImageFolder
+from histill.tiles.order import tile_at
 
 STEPS = 14
 SMALL = [
@@ -82,6 +87,7 @@ def test_a_run_folder_holds_what_is_promised(whole: Path) -> None:
     assert summary["steps"] == STEPS
     assert summary["tiles_seen"] == 8 * STEPS
     assert set(summary["student"]) == {"labels", "paired"}
+    assert summary["retention"]["labels"], "the teacher is not better than an untrained student: the test tests nothing"
     for metric, share in summary["retention"]["labels"].items():
         untrained, teacher = summary["untrained"]["labels"][metric], summary["teacher"]["labels"][metric]
         assert share == pytest.approx((summary["student"]["labels"][metric] - untrained) / (teacher - untrained))
@@ -163,14 +169,30 @@ def test_minutes_become_steps_and_are_recorded(small_teacher: Path, small_tiles:
     assert plan["step_seconds"] > 0
 
 
-def test_the_measurement_leaves_no_trace(whole: Path, small_teacher: Path, small_tiles: Path, tmp_path: Path) -> None:
-    """A run of N steps, planned by minutes, begins like one that was told N steps."""
+def test_the_measurement_leaves_no_trace(
+    whole: Path, small_teacher: Path, small_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose speed was measured first has the losses of one that was told its steps."""
+    plan = run._Run._plan
+
+    def measured_plan(self: run._Run) -> Any:
+        assert self._measure() > 0
+        return plan(self)
+
+    monkeypatch.setattr(run._Run, "_plan", measured_plan)
+    assert main(command(small_teacher, small_tiles, tmp_path / "run", "--steps", str(STEPS))) == 0
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_what_a_killed_measurement_left_is_not_taken_up(
+    whole: Path, small_teacher: Path, small_tiles: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    assert main(command(small_teacher, small_tiles, out, "--minutes", "0.1")) == 0
-    steps = len(losses(out))
-    other = tmp_path / "other"
-    assert main(command(small_teacher, small_tiles, other, "--steps", str(steps))) == 0
-    assert losses(out) == losses(other)
+    assert main(command(small_teacher, small_tiles, out, "--steps", "3", "--seed", "5")) == 0
+    for name in ("plan.json", "summary.json", "metrics.jsonl"):  # as if it had been killed in its measurement
+        (out / name).unlink()
+    assert main(command(small_teacher, small_tiles, out, "--steps", str(STEPS))) == 0
+    assert losses(out) == losses(whole)
 
 
 @pytest.fixture
@@ -191,6 +213,21 @@ def test_damaged_jpeg_is_counted_named_and_not_replaced(
     assert name in capsys.readouterr().err.replace("\n", "")
 
 
+def test_a_whole_batch_of_damaged_tiles_is_passed_over(small_teacher: Path, own_tiles: Path, tmp_path: Path) -> None:
+    source = ImageFolder.scan(own_tiles, hold_out=held_out_paths(own_tiles, (own_tiles / "labels.csv",)))
+    damaged = [source.paths[index] for index in tile_at(np.arange(8, 16), len(source), 0)]
+    for name in damaged[1:]:  # one readable tile is left: too few for Sinkhorn and KoLeo
+        (own_tiles / name).write_bytes(b"")
+    out = tmp_path / "run"
+    assert (
+        main(command(small_teacher, own_tiles, out, "--steps", "3", "--checks.tables", str(own_tiles / "labels.csv")))
+        == 0
+    )
+    assert sorted(losses(out)) == [0, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["unreadable"]) == set(damaged[1:])
+
+
 def test_test_tiles_are_held_out(small_teacher: Path, own_tiles: Path, tmp_path: Path) -> None:
     plan = {}
     for switch in ("True", "False"):
@@ -209,20 +246,28 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *words: str)
         assert word in text.replace("\n", " "), text
 
 
-def test_nan_stops_before_the_optimizer_steps(
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(
+    small_teacher: Path, small_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    explode = ["--optimiser.base-lr=1e30", "--optimiser.clip=0", "--optimiser.warmup=0", "--checks.every-steps=9"]
+    fails(
+        command(small_teacher, small_tiles, out, "--steps", "5", *explode),
+        capsys, "not finite", "step 1", "dino", "token_patch",
+    )  # fmt: skip
+    assert list(losses(out)) == [0]
+    assert latest(out / "checkpoints") is None
+
+
+def test_student_that_starts_with_nan_is_refused(
     small_teacher: Path, small_tiles: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = Path(shutil.copytree(whole / "student", tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     weights["blocks.0.mlp.fc1.weight"][0, 0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    out = tmp_path / "run"
-    fails(
-        command(small_teacher, small_tiles, out, "--steps", "5", "--init", f"local-dir:{broken}"),
-        capsys, "not finite", "step 0", "dino", "token_patch",
-    )  # fmt: skip
-    assert losses(out) == {}
-    assert latest(out / "checkpoints") is None
+    arguments = command(small_teacher, small_tiles, tmp_path / "run", "--steps", "5", "--init", f"local-dir:{broken}")
+    fails(arguments, capsys, "not finite", "weights")
 
 
 def test_teacher_with_nan_weights_is_refused(
@@ -320,6 +365,24 @@ def test_changed_tiles_are_refused(
     next((own_tiles / "paired").rglob("*.jpg")).unlink()
     (own_tiles / "paired.csv").unlink()
     fails(arguments, capsys, "tiles have changed")
+
+
+def test_changed_tables_are_refused(
+    small_teacher: Path, own_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(small_teacher, own_tiles, tmp_path / "run", "--steps", "2")
+    assert main(arguments) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    table = own_tiles / "paired.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    fails(arguments, capsys, "tables of the checks have changed")
+
+
+def test_more_prototypes_than_tiles_is_an_error(
+    small_teacher: Path, small_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(small_teacher, small_tiles, tmp_path, "--steps", "1", "--objective.cls-prototypes", "4096")
+    fails(arguments, capsys, "fewer tokens than prototypes", "4096")
 
 
 def test_changed_teacher_is_refused(

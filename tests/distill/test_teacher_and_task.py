@@ -34,7 +34,7 @@ def crops(batches: int = 3, tiles: int = 8, px: int = 56) -> list[torch.Tensor]:
 
 def fitted(folder: Path, config: ObjectiveConfig, px: int = 56) -> Teacher:
     teacher = Teacher(load_encoder(f"local-dir:{folder}"), config, px)
-    teacher.fit(crops(px=px), 24, 24, 0, OFF)
+    teacher.fit(crops(px=px), 24, 0, OFF)
     return teacher
 
 

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from histill.errors import DataError
 from histill.tiles.images import ImageFolder
 from histill.tiles.loader import Batch, batches
 from histill.tiles.order import tile_at
@@ -68,8 +67,9 @@ def test_damaged_tile_is_named_and_not_replaced(source: ImageFolder) -> None:
     assert all(len(batch.positions_B) == 4 for batch in clean)
 
 
-def test_batch_without_a_readable_tile_is_an_error(source: ImageFolder) -> None:
+def test_batch_without_a_readable_tile_is_empty_and_names_them(source: ImageFolder) -> None:
     for path in source.paths:
         (source.root / path).write_bytes(b"")
-    with pytest.raises(DataError, match="not one tile"):
-        read(source, 0, 1, 1)
+    batch = read(source, 0, 1, 1)[0]
+    assert len(batch.positions_B) == len(batch.tiles_BCHW) == len(batch.sizes_B2) == 0
+    assert len(batch.unreadable) == 4

@@ -57,7 +57,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     """Write a calibrated copy of a bundle; returns its scores before and after."""
     import torch
 
-    from histill.distill.checking import Checker, check_tables, sample_tiles
+    from histill.distill.checking import Checker, check_tables, held_out_paths, sample_tiles
     from histill.models import channel_statistics, fold_standardisation, read_bundle, write_bundle
     from histill.tiles.images import ImageFolder
 
@@ -70,10 +70,10 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     if "calibration" in bundle.provenance:
         raise ConfigError("this bundle is calibrated already", where=config.bundle, remedy="give the original bundle")
     encoder = bundle.encoder
-    source = ImageFolder.scan(config.tiles)
+    tables = config.tables or check_tables(config.tiles)
+    source = ImageFolder.scan(config.tiles, hold_out=held_out_paths(config.tiles, tables))
     side = config.input_px or encoder.input_px
     autocast = torch.autocast("cpu", enabled=False)
-    tables = config.tables or check_tables(config.tiles)
     checker = Checker(tables, source, side, min(len(source), 512), autocast)
     before = checker.scores(encoder)
     tiles_NCHW = sample_tiles(source, _LARGEST_SAMPLE, side)

@@ -5,7 +5,7 @@ Shapes: N tiles, D and E channels.
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from histill import files
 from histill.evaluate.agreement import collapse_warning, effective_rank, knn_overlap, linear_cka, mean_pairwise_cosine
 from histill.evaluate.checks import Check, find_checks, kind_of, load_check
 from histill.evaluate.retention import retention
 from histill.models.encoder import Encoder, Tokens
-from histill.tiles.images import ImageFolder, UnreadableTileError, read_table
+from histill.tiles.images import ImageFolder, UnreadableTileError, paths_of_table, read_table
 from histill.tiles.order import tile_at
 
 __all__ = ["Checker", "Scores", "check_tables", "held_out_paths", "retentions", "sample_tiles"]
@@ -36,12 +37,11 @@ def check_tables(tiles: Path) -> tuple[Path, ...]:
 
 def held_out_paths(tiles: Path, tables: tuple[Path, ...]) -> set[str]:
     """Tiles that the labelled tables mark as split = test, relative to the folder of tiles."""
-    found = set()
+    found: set[str] = set()
     for table in tables:
         if kind_of(table) == "labelled":
-            base = Path(os.path.relpath(table.parent, tiles))
-            rows = read_table(table, ["path", "split"])
-            found |= {(base / row["path"]).as_posix() for row in rows if row["split"] == "test"}
+            rows = [row for row in read_table(table, ["path", "split"]) if row["split"] == "test"]
+            found.update(paths_of_table(table, rows, tiles))
     return found
 
 
@@ -80,6 +80,13 @@ class Checker:
         embed = self._embedding(encoder)
         return {name: check.score(check.features(embed, batch=_BATCH)) for name, check in self.checks.items()}
 
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the tables: scores before and after a change of theirs cannot be compared."""
+        digest = hashlib.sha256()
+        for name, check in sorted(self.checks.items()):
+            digest.update(f"{name} {files.sha256_file(check.path)}\n".encode())
+        return digest.hexdigest()
+
     def notes(self) -> list[str]:
         """What a reader of the scores should know, such as tiles of a table that cannot be read."""
         return [f"{name}: {note}" for name, check in self.checks.items() for note in check.notes]
@@ -98,7 +105,7 @@ class Checker:
         )
         return {
             "cka": linear_cka(student_NE, teacher_ND),
-            "knn_overlap": knn_overlap(student_NE, teacher_ND),
+            "knn_overlap": knn_overlap(student_NE, teacher_ND, k=min(10, len(student_NE) - 1)),
             **ranks,
         }, warning
 

@@ -40,9 +40,9 @@ class ObjectiveConfig:
     standardiser: Literal["mean-std", "phi-s"] = "mean-std"
     """How teacher tokens are standardised: per channel, or PHI-S (equal variance in every rotated channel)."""
     cls_prototypes: int = 0
-    """Prototypes for the class token; 0: one for 8 tiles, a power of two from 64 to 131,072."""
+    """Prototypes for the class token; 0: one for 8 fitted tiles, a power of two from 64 to 131,072."""
     patch_prototypes: int = 0
-    """Prototypes for patch tokens; 0: one for 256 tokens of the set, a power of two from 64 to 131,072."""
+    """Prototypes for patch tokens; 0: one for 256 tokens of the fitted tiles, a power of two from 64 to 131,072."""
     ibot_tokens: Literal["all", "block", "random"] = "all"
     """Which patch tokens iBOT scores. The student's input is never masked."""
     ibot_share: float = 0.3
@@ -132,7 +132,8 @@ class OptimiserConfig:
     freeze_last_layer: float = 0.0125
     """Share of the run in which the heads' last layers stand still (DINOv2: 1 of 80 epochs or more)."""
     ema: float = 0.994
-    """Momentum of the student's moving average at step 0; it rises to 1 along a cosine."""
+    """Momentum of the student's moving average at step 0, or 1 - 20 / steps if that is less; it rises to 1 along a
+    cosine."""
 
     def __post_init__(self) -> None:
         """Check each field."""

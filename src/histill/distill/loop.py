@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,9 @@ from histill.distill.views import make_views
 from histill.errors import RunError
 from histill.tiles.loader import Batch, batches
 
-__all__ = ["Trained", "positions_of_step", "step_batches", "train", "train_step"]
+LEAST_TILES = 2  # damaged files may leave fewer; KoLeo and Sinkhorn need two, and the step is then passed over
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """How a call of :func:`train` ended."""
-
-    next_step: int
-    """The step that would come next; the run's length when it is finished."""
-    seconds: float
-    """Time of this call."""
-    shares: dict[str, float]
-    """Shares of the steps' time: data (waiting for decoded tiles), views, teacher, student."""
+__all__ = ["LEAST_TILES", "positions_of_step", "step_batches", "train", "train_step"]
 
 
 def positions_of_step(step: int, batch_tiles: int) -> NDArray[np.int64]:
@@ -116,9 +105,12 @@ def train(
     check: Callable[[int], dict[str, Any]],
     stop: Stop,
     console: Console,
-) -> Trained:
-    """Train from ``first_step`` to ``steps``; checkpoint now and then, at the end, and when asked to stop."""
-    config, started = parts.config, time.monotonic()
+) -> int:
+    """Train from ``first_step`` to ``steps``; checkpoint now and then, at the end, and when asked to stop.
+
+    Returns the step that would come next: ``steps`` when the run is finished.
+    """
+    config = parts.config
     checkpoints, saved = folder / "checkpoints", time.monotonic()
     watch, step = Stopwatch(parts.device), first_step
 
@@ -134,11 +126,12 @@ def train(
             watch.start()
             batch = next(stream)
             watch.mark("data")
-            values = train_step(parts, batch, step, steps, watch)
-            tiles_per_s = len(batch.positions_B) / watch.last_step()
-            row = {"step": step, **values, "tiles": len(batch.positions_B), "tiles_per_s": round(tiles_per_s, 2)}
+            row: dict[str, Any] = {"step": step, "tiles": len(batch.positions_B)}
+            if len(batch.positions_B) >= LEAST_TILES:
+                row |= train_step(parts, batch, step, steps, watch)
+                row["seconds"] = {name: round(seconds, 4) for name, seconds in watch.step_seconds.items()}
+                bar.update(step, row["loss"], len(batch.positions_B), watch)
             log.write(row | ({"unreadable": batch.unreadable} if batch.unreadable else {}))
-            bar.update(step, values["loss"], len(batch.positions_B), watch)
             step += 1
             if step % check_every == 0 and step < steps:
                 log.write({"step": step - 1, "check": check(step)})
@@ -146,4 +139,4 @@ def train(
                 save(step)
                 saved = time.monotonic()
         save(step)
-    return Trained(next_step=step, seconds=time.monotonic() - started, shares=watch.shares())
+    return step

@@ -83,8 +83,12 @@ def resolve_views(config: DistillConfig, source: ImageFolder, teacher_px: int, p
     return dataclasses.replace(config, views=dataclasses.replace(views, global_px=global_px, local_px=local_px))
 
 
-def build(config: DistillConfig, statistics: Path) -> Parts:
-    """Build a run; the teacher's statistics are read from ``statistics``, or fitted and written there."""
+def build(config: DistillConfig, statistics: Path, *, fresh: bool = True) -> Parts:
+    """Build a run.
+
+    The teacher's statistics are read from ``statistics``, or fitted and written there. With ``fresh`` the student and
+    its adaptors get their first weights; otherwise a checkpoint will set them.
+    """
     assert config.tiles is not None
     device = pick_device(config.device)
     autocast = autocast_for(device, config.precision)
@@ -98,7 +102,7 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     for model in (encoder, student):
         plain_attention_on_cpu(model, device)
     config = resolve_views(config, source, encoder.input_px, student.patch_px)
-    if init == "pruned":
+    if init == "pruned" and fresh:
         with closing(_fit_crops(config, source, device, min(len(source), _PRUNE_TILES))) as crops:
             prune_teacher(student_model, encoder, crops)
         # The kept channels are principal axes of very unequal variance; a standardised class token starts level.
@@ -110,13 +114,14 @@ def build(config: DistillConfig, statistics: Path) -> Parts:
     else:
         tiles = min(len(source), config.objective.fit_tiles)
         with closing(_fit_crops(config, source, device, tiles)) as crops:
-            teacher.fit(crops, tiles, len(source), config.seed, autocast)
+            teacher.fit(crops, tiles, config.seed, autocast)
         teacher.save_statistics(statistics)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         task = DistillTask(config.objective, student.embed_dim, teacher, config.seed).to(device)
-    with closing(_fit_crops(config, source, device, min(len(source), _ADAPTOR_TILES))) as crops:
-        task.fit_adaptors(student, teacher, crops, autocast)
+    if fresh:
+        with closing(_fit_crops(config, source, device, min(len(source), _ADAPTOR_TILES))) as crops:
+            task.fit_adaptors(student, teacher, crops, autocast)
     return Parts(
         config=config,
         init=init,
@@ -164,6 +169,8 @@ def _fit_crops(config: DistillConfig, source: ImageFolder, device: torch.device,
     steps = math.ceil(tiles / size)
     with closing(batches(source, positions, 0, steps, config.seed, workers=config.loader_threads)) as stream:
         for batch in stream:
+            if not len(batch.positions_B):
+                continue
             crops = make_views(
                 batch.tiles_BCHW.to(device), batch.sizes_B2, batch.positions_B + _FIT_STREAM, views, config.seed
             )

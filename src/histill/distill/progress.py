@@ -15,27 +15,26 @@ _LOG_SECONDS = 30.0
 
 
 class Stopwatch:
-    """Where the time of the steps goes: seconds by name, since the last reset."""
+    """Where the time goes: seconds by name, in all (``seconds``) and in the last step (``step_seconds``)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds: dict[str, float] = {}
-        self._began = self._last = time.perf_counter()
+        self.step_seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
     def start(self) -> None:
         """Begin a step: what passed since the last mark belongs to nobody."""
-        self._began = self._last = time.perf_counter()
-
-    def last_step(self) -> float:
-        """Seconds from the last start to the last mark."""
-        return self._last - self._began
+        self.step_seconds = {}
+        self._last = time.perf_counter()
 
     def mark(self, name: str) -> None:
         """Book the time since the last mark under ``name``."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        for seconds in (self.seconds, self.step_seconds):
+            seconds[name] = seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     def shares(self) -> dict[str, float]:

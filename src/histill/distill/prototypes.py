@@ -19,10 +19,9 @@ SMALLEST, LARGEST = 64, 131_072
 _CHUNK_ROWS = 8192
 
 
-def prototype_count(samples: int, per_prototype: int) -> int:
-    """The power of two nearest to ``samples / per_prototype`` (on the log scale), from 64 to 131,072."""
-    wanted = max(1.0, samples / per_prototype)
-    return int(min(LARGEST, max(SMALLEST, 2 ** round(math.log2(wanted)))))
+def prototype_count(wanted: float, *, most: int) -> int:
+    """The power of two nearest to ``wanted`` (on the log scale), from 64 to 131,072, and never above ``most``."""
+    return int(min(LARGEST, most, max(SMALLEST, 2 ** round(math.log2(max(1.0, wanted))))))
 
 
 def spherical_kmeans(

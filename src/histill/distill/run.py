@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from histill import config as configs
 from histill.distill import checkpoint
 from histill.distill.checking import retentions
 from histill.distill.config import DistillConfig
-from histill.distill.loop import Trained, step_batches, train, train_step
+from histill.distill.loop import LEAST_TILES, step_batches, train, train_step
 from histill.distill.parts import Parts, build, untrained_student
 from histill.distill.progress import Stopwatch
 from histill.distill.record import Stop, one_process, read_rows, require_tensorboard
@@ -85,6 +86,7 @@ def _claim(config: DistillConfig, folder: Path) -> None:
         # A run that never got as far as its plan (a wrong path, say) has nothing to lose, and its statistics are stale.
         for name in ("teacher_statistics.safetensors", "baseline.json"):
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     configs.save(config, path)
 
 
@@ -93,7 +95,9 @@ class _Run:
         self.folder, self.console, self.stop = folder, console, stop
         self.started = time.monotonic()
         console.print(f"teacher {config.teacher}, student {config.student}", highlight=False)
-        self.parts = build(config, folder / "teacher_statistics.safetensors")
+        # A checkpoint without a plan is what a measurement left.
+        self.newest = checkpoint.latest(folder / "checkpoints") if (folder / "plan.json").exists() else None
+        self.parts = build(config, folder / "teacher_statistics.safetensors", fresh=self.newest is None)
         notice = licence_notice(teacher_record(self.parts.teacher.encoder))
         if notice:
             console.print(f"[bold yellow]{notice}[/]")
@@ -109,14 +113,15 @@ class _Run:
             f"{len(parts.source)} tiles ({parts.source.held_out} held out as test tiles), "
             f"{views.n_global} x {views.global_px} px + {views.n_local} x {views.local_px} px views"
         )
-        newest = checkpoint.latest(self.folder / "checkpoints")
-        first_step = 0
-        if newest is not None:
-            first_step = checkpoint.load(newest, parts.modules, parts.optimiser)
-            self.console.print(f"going on from step {first_step}")
+        if parts.init.startswith("random, since"):
+            self.console.print("note: from random weights a higher --optimiser.base-lr (4e-3) may learn faster")
         self.baseline = self._baseline()
+        first_step = 0
+        if self.newest is not None:
+            first_step = checkpoint.load(self.newest, parts.modules, parts.optimiser)
+            self.console.print(f"going on from step {first_step}")
         plan = self._plan()
-        outcome = train(
+        next_step = train(
             parts,
             self.folder,
             first_step=first_step,
@@ -126,13 +131,13 @@ class _Run:
             stop=self.stop,
             console=self.console,
         )
-        if outcome.next_step < plan["steps"]:
-            self.console.print(f"stopped before step {outcome.next_step}; the same command goes on from there")
+        if next_step < plan["steps"]:
+            self.console.print(f"stopped before step {next_step}; the same command goes on from there")
             return None
-        return self._finish(plan, outcome)
+        return self._finish(plan)
 
     def _baseline(self) -> dict[str, Any]:
-        """Scores of the teacher and of the untrained student: measured once, kept in the run folder."""
+        """Scores of the teacher, an untrained student and the student's start: measured once, kept in the folder."""
         path = self.folder / "baseline.json"
         if path.exists():
             stored: dict[str, Any] = files.read_json(path)
@@ -144,6 +149,7 @@ class _Run:
         measured = {
             "teacher": checker.scores(self.parts.teacher.encoder),
             "untrained": untrained,
+            "start": untrained if self.parts.init == "random" else checker.scores(self.parts.average),
             "check_seconds": check_seconds,
         }
         files.write_json(path, measured)
@@ -154,11 +160,13 @@ class _Run:
         path = self.folder / "plan.json"
         parts, config = self.parts, self.parts.config
         fingerprint, teacher_hash = parts.source.fingerprint(), parts.teacher.encoder.content_hash()
+        tables = parts.checker.fingerprint()
         if path.exists():
             plan: dict[str, Any] = files.read_json(path)
             for what, where, now, then in (
                 ("tiles have", parts.source.root, fingerprint, plan["tiles_fingerprint"]),
                 ("teacher's weights have", config.teacher, teacher_hash, plan["teacher_hash"]),
+                ("tables of the checks have", "--checks.tables", tables, plan["tables_fingerprint"]),
             ):
                 if now != then:
                     raise RunError(
@@ -171,9 +179,14 @@ class _Run:
         steps, step_seconds = config.steps, None
         if config.minutes:
             step_seconds = self._measure()
-            left = 60 * config.minutes - (time.monotonic() - self.started)
-            left -= (_CHECKS + 1) * self.baseline["check_seconds"]
-            steps = max(1, int(left / step_seconds))
+            # Each check takes its time; with --checks.every-steps there are left / (every * step) of them.
+            every, check_seconds = config.checks.every_steps, self.baseline["check_seconds"]
+            left = 60 * config.minutes - (time.monotonic() - self.started) - check_seconds
+            left -= 0 if every else (_CHECKS - 1) * check_seconds
+            steps = int(left / (step_seconds + (check_seconds / every if every else 0.0)))
+            if steps < 1:
+                steps = 1
+                self.console.print("note: setting up took all of --minutes; the run is one step long")
             self.console.print(f"{config.minutes:g} minutes are {steps} steps of {step_seconds:.2f} s")
         plan = {
             "steps": steps,
@@ -183,6 +196,7 @@ class _Run:
             "tiles_held_out": parts.source.held_out,
             "tiles_fingerprint": fingerprint,
             "teacher_hash": teacher_hash,
+            "tables_fingerprint": tables,
             "global_px": config.views.global_px,
             "local_px": config.views.local_px,
             "cls_prototypes": _rows(parts.teacher.cls_prototypes_KE),
@@ -207,8 +221,8 @@ class _Run:
             for step, batch in enumerate(stream):
                 if step == _WARM_STEPS:
                     began = time.monotonic()
-                # As in the middle of a long run: what a step costs there, with nothing frozen.
-                train_step(parts, batch, steps + step, 2 * steps, Stopwatch(parts.device))
+                if len(batch.positions_B) >= LEAST_TILES:
+                    train_step(parts, batch, step, steps, Stopwatch(parts.device))
         seconds = (time.monotonic() - began) / _TIMED_STEPS
         checkpoint.load(start, parts.modules, parts.optimiser)
         return seconds
@@ -228,19 +242,22 @@ class _Run:
             self.console.print(f"[bold red]COLLAPSE: {warning}[/]")
         return {"agreement": agreement, "scores": scores, "retention": kept, "warning": warning}
 
-    def _finish(self, plan: dict[str, Any], outcome: Trained) -> dict[str, Any]:
+    def _finish(self, plan: dict[str, Any]) -> dict[str, Any]:
         parts = self.parts
-        final = self._check(outcome.next_step)
-        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if "loss" in row]
+        final = self._check(plan["steps"])
+        rows = read_rows(self.folder / "metrics.jsonl")
         unreadable = {path: reason for row in rows for path, reason in row.get("unreadable", {}).items()}
+        rows = [row for row in rows if "loss" in row]
+        seconds = {name: sum(row["seconds"][name] for row in rows) for name in rows[-1]["seconds"]}
         summary = {
             "steps": plan["steps"],
             "tiles_seen": sum(row["tiles"] for row in rows),
-            "seconds": round(sum(row["tiles"] / row["tiles_per_s"] for row in rows), 1),
-            "shares": {name: round(share, 4) for name, share in outcome.shares.items()},
-            "last_losses": {key: value for key, value in rows[-1].items() if key not in ("step", "tiles")},
+            "seconds": round(sum(seconds.values()), 1),
+            "shares": {name: round(part / sum(seconds.values()), 4) for name, part in seconds.items()},
+            "last_losses": {key: value for key, value in rows[-1].items() if isinstance(value, float)},
             "teacher": self.baseline["teacher"],
             "untrained": self.baseline["untrained"],
+            "start": self.baseline["start"],
             "student": final["scores"],
             "retention": final["retention"],
             "agreement": final["agreement"],

@@ -9,6 +9,8 @@ from histill.distill.config import DistillConfig
 
 __all__ = ["Scheduled", "cosine", "scheduled"]
 
+_EMA_WINDOWS = 20  # a run of N steps starts with a window of N / 20 steps at most; exp(-10) of its start is left
+
 
 def cosine(start: float, end: float, progress: float) -> float:
     """From ``start`` at progress 0 to ``end`` at progress 1 along half a cosine."""
@@ -48,5 +50,6 @@ def scheduled(config: DistillConfig, step: int, steps: int) -> Scheduled:
         last_layer_lr=0.0 if step < optimiser.freeze_last_layer * steps else lr,
         weight_decay=cosine(optimiser.weight_decay, optimiser.weight_decay_end, progress),
         teacher_temperature=start + (end - start) * temperature_progress,
-        ema_momentum=cosine(optimiser.ema, 1.0, progress),
+        # 0.994 is for long runs: in a short one the average must also forget where it started.
+        ema_momentum=cosine(min(optimiser.ema, max(0.0, 1.0 - _EMA_WINDOWS / steps)), 1.0, progress),
     )

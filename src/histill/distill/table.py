@@ -13,7 +13,7 @@ __all__ = ["print_summary"]
 def print_summary(summary: dict[str, Any], file: TextIO) -> None:
     """Print teacher, student, untrained student and retention for every metric of every table."""
     console = Console(file=file)
-    table = Table("table", "metric", "teacher", "student", "untrained", "retention")
+    table = Table("table", "metric", "teacher", "student", "its start", "untrained", "retention")
     for name, metrics in summary["student"].items():
         for metric, value in metrics.items():
             share = summary["retention"].get(name, {}).get(metric)
@@ -22,6 +22,7 @@ def print_summary(summary: dict[str, Any], file: TextIO) -> None:
                 metric,
                 f"{summary['teacher'][name][metric]:.3f}",
                 f"{value:.3f}",
+                f"{summary['start'][name][metric]:.3f}",
                 f"{summary['untrained'][name][metric]:.3f}",
                 "-" if share is None else f"{share:.0%}",
             )

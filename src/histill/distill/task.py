@@ -109,16 +109,19 @@ class DistillTask(nn.Module):
         autocast
             Precision of the networks.
         """
-        fits = {name: _LeastSquares() for name in ("cls", "patch")}
+        adaptors = {"cls": self.cls_adaptor, "patch": self.patch_adaptor}
+        linear = {name: it.layers[0] for name, it in adaptors.items() if it is not None and len(it.layers) == 1}
+        if not linear:
+            return
+        fits = {name: _LeastSquares() for name in adaptors}
         for images_BCHW in crops:
             with autocast:
                 tokens = student(images_BCHW)
                 targets = teacher.targets(images_BCHW, tokens.patches_BHWD.shape[1])
             fits["cls"].add(tokens.cls_BD, targets.cls_MD)
             fits["patch"].add(tokens.patches_BHWD.flatten(0, 2), targets.patches_MHWD.flatten(0, 2))
-        for name, adaptor in (("cls", self.cls_adaptor), ("patch", self.patch_adaptor)):
-            if adaptor is not None and len(adaptor.layers) == 1:
-                fits[name].write(adaptor.layers[0])
+        for name, layer in linear.items():
+            fits[name].write(layer)
 
     def forward(self, student: Encoder, views: Views, targets: Targets, step: Step) -> Outcome:
         """Score the student on one batch of views; the terms are in float32."""

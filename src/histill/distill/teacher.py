@@ -6,7 +6,6 @@ H and W the grid of patch tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ __all__ = ["Targets", "Teacher"]
 
 _CLS_TILES_PER_PROTOTYPE = 8
 _PATCH_TOKENS_PER_PROTOTYPE = 256
-_SAMPLE_TOKENS_PER_PROTOTYPE = 128
-_CACHE_TOKENS = 2_000_000
+_SAMPLE_TOKENS_PER_PROTOTYPE = 32
+_SAMPLE_BYTES = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +115,11 @@ class Teacher(nn.Module):
             return Targets(cls_MD, patches_MHWD, F.normalize(cls_MD, dim=-1), F.normalize(patches_MHWD, dim=-1))
 
     @torch.no_grad()
-    def fit(
-        self, crops: Iterable[torch.Tensor], tiles: int, set_tiles: int, seed: int, autocast: torch.autocast
-    ) -> None:
+    def fit(self, crops: Iterable[torch.Tensor], tiles: int, seed: int, autocast: torch.autocast) -> None:
         """Fit the statistics and the prototypes in one pass over crops of some tiles.
 
-        Moments are taken of every token; the tokens for k-means are a sample of a bounded size.
+        Moments are taken of every token. The tokens for k-means are a sample, of at most 4 GiB for patches; the numbers
+        of prototypes, where they are automatic, follow from the size of the samples.
 
         Parameters
         ----------
@@ -129,17 +127,14 @@ class Teacher(nn.Module):
             Batches of float images, (B, 3, H, W) in 0..1; they come from ``tiles`` tiles in all.
         tiles
             Number of tiles that ``crops`` is drawn from.
-        set_tiles
-            Number of tiles of the whole training set, from which the numbers of prototypes follow.
         seed
             Seed of the sample and of k-means.
         autocast
             Precision of the teacher.
         """
         grid_tokens = (self.image_px // self.encoder.patch_px) ** 2
-        counts = self._counts(set_tiles, grid_tokens)
-        wanted = min(_CACHE_TOKENS, _SAMPLE_TOKENS_PER_PROTOTYPE * counts[1])
-        per_tile = min(grid_tokens, max(1, math.ceil(wanted / tiles)))
+        largest = _SAMPLE_BYTES // (4 * self.encoder.embed_dim)
+        per_tile = min(grid_tokens, max(1, largest // tiles))
         cls_moments, patch_moments = Moments(self.encoder.embed_dim), Moments(self.encoder.embed_dim)
         cls_sample, patch_sample = [], []
         for number, images_BCHW in enumerate(crops):
@@ -159,27 +154,29 @@ class Teacher(nn.Module):
             patch_sample.append(patches_BND[rows_B1, chosen_BN.to(patches_BND.device)].float().flatten(0, 1))
         self.cls_standardiser.fit(cls_moments)
         self.patch_standardiser.fit(patch_moments)
-        if self.config.teacher_head == "prototypes":
+        if self.config.teacher_head != "prototypes":
+            return
+        if self.config.dino:
             cls_MD = self.cls_standardiser(torch.cat(cls_sample))
+            count = self.config.cls_prototypes or prototype_count(
+                len(cls_MD) / _CLS_TILES_PER_PROTOTYPE, most=len(cls_MD)
+            )
+            self.cls_prototypes_KE = spherical_kmeans(cls_MD, count, seed=seed)
+        if self.config.ibot:
             patches_MD = self.patch_standardiser(torch.cat(patch_sample))
-            self.cls_prototypes_KE = spherical_kmeans(cls_MD, min(counts[0], len(cls_MD)), seed=seed)
-            self.patch_prototypes_KE = spherical_kmeans(patches_MD, min(counts[1], len(patches_MD)), seed=seed)
-
-    def _counts(self, set_tiles: int, grid_tokens: int) -> tuple[int, int]:
-        """Numbers of class and patch prototypes."""
-        return (
-            self.config.cls_prototypes or prototype_count(set_tiles, _CLS_TILES_PER_PROTOTYPE),
-            self.config.patch_prototypes or prototype_count(set_tiles * grid_tokens, _PATCH_TOKENS_PER_PROTOTYPE),
-        )
+            wanted = min(
+                tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE, len(patches_MD) / _SAMPLE_TOKENS_PER_PROTOTYPE
+            )
+            count = self.config.patch_prototypes or prototype_count(wanted, most=len(patches_MD))
+            self.patch_prototypes_KE = spherical_kmeans(patches_MD, count, seed=seed)
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Standardisers and prototypes: all that the run adds to the teacher. Never the teacher's weights."""
         state = {f"cls_standardiser.{key}": value for key, value in self.cls_standardiser.state_dict().items()}
         state |= {f"patch_standardiser.{key}": value for key, value in self.patch_standardiser.state_dict().items()}
         if self.config.teacher_head == "prototypes":
-            assert self.cls_prototypes_KE is not None
-            assert self.patch_prototypes_KE is not None
-            state |= {"cls_prototypes": self.cls_prototypes_KE, "patch_prototypes": self.patch_prototypes_KE}
+            found = {"cls_prototypes": self.cls_prototypes_KE, "patch_prototypes": self.patch_prototypes_KE}
+            state |= {name: prototypes for name, prototypes in found.items() if prototypes is not None}
         return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
     def save_statistics(self, path: Path) -> None:
@@ -198,7 +195,8 @@ class Teacher(nn.Module):
                 }
                 getattr(self, name).load_state_dict(part, strict=True)
             if self.config.teacher_head == "prototypes":
-                self.cls_prototypes_KE, self.patch_prototypes_KE = state["cls_prototypes"], state["patch_prototypes"]
+                self.cls_prototypes_KE = state["cls_prototypes"] if self.config.dino else None
+                self.patch_prototypes_KE = state["patch_prototypes"] if self.config.ibot else None
         except (SafetensorError, OSError, KeyError, RuntimeError) as error:
             raise RunError(
                 "the run's teacher statistics cannot be read",

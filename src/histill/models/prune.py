@@ -70,7 +70,7 @@ def _is_gated(mlp: Any) -> bool:
 
 @dataclass(slots=True)
 class _Second:
-    """Mean and second moment of vectors, and the mean of their lengths outside of a subspace's complement."""
+    """Count, sum and second moment of vectors."""
 
     count: int = 0
     sum_H: Tensor | float = 0.0
@@ -151,7 +151,7 @@ def prune_teacher(student: Any, encoder: Encoder, images: Iterable[Tensor]) -> f
     Returns
     -------
     float
-        Share of the residual stream's variance (of directions, mean over blocks) that the kept channels carry.
+        Share of a residual direction's length (root mean square, mean over the norms) that the kept channels carry.
 
     Raises
     ------

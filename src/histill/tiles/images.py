@@ -17,7 +17,7 @@ from PIL import Image
 
 from histill.errors import DataError, nearest
 
-__all__ = ["ImageFolder", "UnreadableTileError", "decode", "image_px", "read_table"]
+__all__ = ["ImageFolder", "UnreadableTileError", "decode", "image_px", "paths_of_table", "read_table"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 _JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -102,6 +102,12 @@ def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+def paths_of_table(table: Path, rows: Iterable[dict[str, str]], root: Path) -> list[str]:
+    """POSIX paths relative to ``root`` of a table's column ``path`` (relative to the table's folder, or absolute)."""
+    folder, base = os.path.realpath(table.parent), os.path.realpath(root)
+    return [Path(os.path.relpath(os.path.join(folder, row["path"]), base)).as_posix() for row in rows]  # noqa: PTH118
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFolder:
     """Tiles as image files below one folder, in the order of their names.
@@ -141,8 +147,7 @@ class ImageFolder:
             found = sorted(_images_below(root))
             where = root
         else:
-            base = Path(os.path.relpath(table.parent, root))
-            found = sorted({(base / row["path"]).as_posix() for row in read_table(table, ["path"])})
+            found = sorted(set(paths_of_table(table, read_table(table, ["path"]), root)))
             where = table
         left_out = frozenset(hold_out)
         paths = tuple(path for path in found if path not in left_out)

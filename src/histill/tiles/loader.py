@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from histill.errors import DataError
 from histill.tiles.images import ImageFolder, UnreadableTileError
 from histill.tiles.order import tile_at
 
@@ -23,7 +22,7 @@ __all__ = ["Batch", "batches"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The tiles of one step."""
+    """The tiles of one step; none at all when not one of them could be read."""
 
     tiles_BCHW: torch.Tensor
     """uint8, (B, 3, H, W); smaller tiles stand at the top left, the rest is zero."""
@@ -43,20 +42,13 @@ def _read_batch(source: ImageFolder, positions_B: NDArray[np.int64], seed: int) 
             positions.append(position)
         except UnreadableTileError as error:
             unreadable[source.paths[index]] = str(error).replace("\n", "; ")
-    if not tiles:
-        raise DataError(
-            "not one tile of a batch could be read",
-            where=source.root,
-            got="; ".join(f"{path}: {reason}" for path, reason in list(unreadable.items())[:3]),
-            remedy="mend or remove the damaged files",
-        )
-    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    height, width = (max((tile.shape[axis] for tile in tiles), default=0) for axis in (0, 1))
     batch_BHWC = np.zeros((len(tiles), height, width, 3), dtype=np.uint8)
     for place, tile in zip(batch_BHWC, tiles, strict=True):
         place[: tile.shape[0], : tile.shape[1]] = tile
     return Batch(
         tiles_BCHW=torch.from_numpy(batch_BHWC).permute(0, 3, 1, 2).contiguous(),
-        sizes_B2=np.array([tile.shape[:2] for tile in tiles], dtype=np.int64),
+        sizes_B2=np.array([tile.shape[:2] for tile in tiles], dtype=np.int64).reshape(-1, 2),
         positions_B=np.array(positions, dtype=np.int64),
         unreadable=unreadable,
     )
