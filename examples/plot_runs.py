@@ -30,9 +30,11 @@ def main() -> None:
         _draw(run, axes)
     for axis in axes.flat:
         axis.set_xlabel("tiles seen, thousands")
+        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
+    figure.suptitle("dashed: teacher, dotted: untrained student", fontsize=10, color="0.3")
     figure.savefig(arguments.out, dpi=110)
 
 
@@ -50,19 +52,26 @@ def _draw(run: Path, axes: Any) -> None:
         summary = files.read_json(run / "summary.json")
         checks.append({"step": len(steps) - 1, "check": summary | {"scores": summary["student"]}})
     places = [seen[row["step"]] for row in checks]
+    start = baseline.get("start")  # the scores of a pruned start, before any step
     curves = [
         (axes[0, 1], "mitosis", "linear_auc", "mitosis: AUC of the linear probe"),
         (axes[0, 2], "multiscanner", "top_10", "scanner retrieval: top-10"),
         (axes[1, 2], "multiscanner", "top_1", "scanner retrieval: top-1"),
     ]
     for axis, table, metric, title in curves:
-        axis.set_title(f"{title} (dashed: teacher, dotted: untrained)")
-        axis.plot(places, [row["check"]["scores"][table][metric] for row in checks], "o-", color=line.get_color())
+        axis.set_title(title)
+        values = [row["check"]["scores"][table][metric] for row in checks]
+        axis.plot(
+            [0, *places] if start else places,
+            [start[table][metric], *values] if start else values,
+            "o-",
+            color=line.get_color(),
+        )
         axis.axhline(baseline["teacher"][table][metric], ls="--", color="0.3", lw=1)
         axis.axhline(baseline["untrained"][table][metric], ls=":", color="0.3", lw=1)
     for axis, name, title in (
         (axes[1, 0], "cka", "linear CKA with the teacher"),
-        (axes[1, 1], "student_rank", "effective rank (dashed: teacher)"),
+        (axes[1, 1], "student_rank", "effective rank of the class token"),
     ):
         axis.set_title(title)
         axis.plot(places, [row["check"]["agreement"][name] for row in checks], "o-", color=line.get_color())

@@ -6,6 +6,7 @@ H and W the grid of patch tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ __all__ = ["Targets", "Teacher"]
 
 _CLS_TILES_PER_PROTOTYPE = 8
 _PATCH_TOKENS_PER_PROTOTYPE = 256
-_SAMPLE_TOKENS_PER_PROTOTYPE = 32
+_SAMPLE_TOKENS_PER_PROTOTYPE, _LEAST_TOKENS_PER_PROTOTYPE = 128, 32
 _SAMPLE_BYTES = 2**32
 
 
@@ -133,8 +134,9 @@ class Teacher(nn.Module):
             Precision of the teacher.
         """
         grid_tokens = (self.image_px // self.encoder.patch_px) ** 2
-        largest = _SAMPLE_BYTES // (4 * self.encoder.embed_dim)
-        per_tile = min(grid_tokens, max(1, largest // tiles))
+        wanted = self.config.patch_prototypes or tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE
+        largest = min(_SAMPLE_BYTES / (4 * self.encoder.embed_dim), _SAMPLE_TOKENS_PER_PROTOTYPE * wanted)
+        per_tile = min(grid_tokens, max(1, math.ceil(largest / tiles)))
         cls_moments, patch_moments = Moments(self.encoder.embed_dim), Moments(self.encoder.embed_dim)
         cls_sample, patch_sample = [], []
         for number, images_BCHW in enumerate(crops):
@@ -164,9 +166,7 @@ class Teacher(nn.Module):
             self.cls_prototypes_KE = spherical_kmeans(cls_MD, count, seed=seed)
         if self.config.ibot:
             patches_MD = self.patch_standardiser(torch.cat(patch_sample))
-            wanted = min(
-                tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE, len(patches_MD) / _SAMPLE_TOKENS_PER_PROTOTYPE
-            )
+            wanted = min(wanted, len(patches_MD) / _LEAST_TOKENS_PER_PROTOTYPE)
             count = self.config.patch_prototypes or prototype_count(wanted, most=len(patches_MD))
             self.patch_prototypes_KE = spherical_kmeans(patches_MD, count, seed=seed)
 
