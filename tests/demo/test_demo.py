@@ -75,6 +75,7 @@ def test_the_summary_holds_what_was_promised(facts: dict[str, Any]) -> None:
         "speed",
         "neighbours",
         "training",
+        "start",
         "seed",
         "config",
         "versions",

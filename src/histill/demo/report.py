@@ -142,7 +142,7 @@ def _progress_charts(facts: Mapping[str, Any]) -> list[str]:
     def scored(table: str, metric: str, title: str, y_label: str) -> str:
         line = Line(
             x=[0, *steps],
-            y=[scores["untrained"][table][metric], *(check["scores"][table][metric] for check in checks)],
+            y=[facts["start"][table][metric], *(check["scores"][table][metric] for check in checks)],
             style="student",
             name="student",
             dots=True,

@@ -68,6 +68,7 @@ def summarise(
         "models": measured.models,
         "speed": measured.speed,
         "neighbours": measured.neighbours,
+        "start": run["start"],
         "training": _training(run, metrics),
         "data": {
             "kinds": list(KINDS),
