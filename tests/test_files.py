@@ -8,6 +8,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -257,3 +259,40 @@ def test_a_writer_that_makes_private_files_still_leaves_ordinary_ones(tmp_path: 
             temporary.touch(mode=0o600)
         made = tmp_path / "x"
     assert made.stat().st_mode == ordinary
+
+
+# ------------------------------------------------------------------ locks
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "x.lock"
+    with files.lock(path, wait=False) as first:
+        assert first
+        with files.lock(path, wait=False) as second:
+            assert not second
+    with files.lock(path, wait=False) as third:
+        assert third
+
+
+def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path: Path) -> None:
+    """Whoever waited on the removed file must not share the lock with whoever made a new one."""
+    path, waiting, got = tmp_path / "x.lock", threading.Event(), threading.Event()
+    release = threading.Event()
+
+    def waiter() -> None:
+        waiting.set()
+        with files.lock(path, wait=True):
+            got.set()
+            release.wait(10)
+
+    with files.lock(path, wait=True):
+        thread = threading.Thread(target=waiter)
+        thread.start()
+        waiting.wait(10)
+        time.sleep(0.1)  # until it stands in flock
+        path.unlink()
+    assert got.wait(10)
+    with files.lock(path, wait=False) as ours:
+        assert not ours
+    release.set()
+    thread.join()

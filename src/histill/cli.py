@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("histill.demo.command", "a small distillation on drawn tissue, offline, with a report"),
     "distill": ("histill.distill.command", "teach a small student from a large frozen teacher"),
+    "tile": ("histill.tiles.command", "cut slides into a tile set for training"),
     "calibrate": ("histill.distill.calibrate_command", "fold a standardisation into a finished student"),
     "models": ("histill.models.command", "the known teachers and students, their licences and sizes"),
 }

@@ -18,7 +18,15 @@ __all__ = ["from_dict", "load", "parse", "save", "to_dict"]
 T = TypeVar("T")
 
 
-def parse(config_class: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+def parse(
+    config_class: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: T | None = None,
+    flags: bool = False,
+) -> T:
     """Read a config from the command line; a wrong option prints the nearest ones and exits with status 2.
 
     Parameters
@@ -31,6 +39,9 @@ def parse(config_class: type[T], argv: Sequence[str], *, prog: str, description:
         For ``--help``.
     default
         An instance whose values are the defaults (a preset).
+    flags
+        Write a switch as ``--name`` and ``--no-name`` (otherwise as ``--name True``), and take fields without a
+        default from the positional arguments.
 
     Raises
     ------
@@ -47,7 +58,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, prog: str, description:
         args=list(argv),
         prog=prog,
         description=description,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.PositionalRequiredArgs,) if flags else (tyro.conf.FlagConversionOff,),
         **kwargs,
     )
     return from_dict(config_class, to_dict(parsed), where="command line")

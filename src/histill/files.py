@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_path", "read_json", "sha256_file", "write_json", "write_text"]
+__all__ = ["atomic_folder", "atomic_path", "lock", "read_json", "sha256_file", "sync", "write_json", "write_text"]
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,9 +44,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
         ordinary = temporary.stat().st_mode
         yield temporary
         temporary.chmod(ordinary)  # some writers (safetensors) replace the file by a private one
-        _fsync(temporary)
+        sync(temporary)
         temporary.replace(target)
-        _fsync(target.parent)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,7 +67,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             if not path.is_symlink():
                 if path.is_file():
                     path.chmod(temporary.stat().st_mode & 0o666)
-                _fsync(path)
+                sync(path)
         if target.exists():
             target.replace(retired)
         try:
@@ -74,11 +76,42 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             if retired.exists():
                 retired.replace(target)
             raise
-        _fsync(target.parent)
+        sync(target.parent)
         if retired.exists():
             shutil.rmtree(retired)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock file among the processes of one machine (and of a network file system that passes flock on).
+
+    Yields whether the lock was got; with ``wait`` it always is. A process that dies lets go of it. The holder may
+    remove the file: whoever waited for it then starts again with the new one.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("w")
+        except FileNotFoundError:  # another process tidied the folder away in between
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            if _is_at(file.fileno(), path):
+                yield True
+                return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(target: Path, text: str) -> None:

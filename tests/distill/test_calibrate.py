@@ -39,6 +39,7 @@ def test_report_keeps_both_scores_and_the_probe_does_not_change(calibrated: Path
     report = read_bundle(calibrated).provenance["calibration"]
     before, after = report["before"], report["after"]
     assert set(before) == set(after) == {"labels", "paired"}
+    assert all(1 < rank <= 192 for rank in report["effective_rank"])
     assert after["labels"]["linear_auc"] == pytest.approx(before["labels"]["linear_auc"], abs=1e-3)
     assert after["paired"]["cosine"] < before["paired"]["cosine"]
     assert "calibration" not in read_bundle(small_teacher).provenance

@@ -59,7 +59,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
     from histill.distill.checking import Checker, check_tables, held_out_paths, sample_tiles
     from histill.models import channel_statistics, fold_standardisation, read_bundle, write_bundle
-    from histill.tiles.images import ImageFolder
+    from histill.tiles.open import open_tiles
 
     assert config.bundle is not None
     assert config.tiles is not None
@@ -71,16 +71,18 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         raise ConfigError("this bundle is calibrated already", where=config.bundle, remedy="give the original bundle")
     encoder = bundle.encoder
     tables = config.tables or check_tables(config.tiles)
-    source = ImageFolder.scan(config.tiles, hold_out=held_out_paths(config.tiles, tables))
+    source = open_tiles(config.tiles, hold_out=held_out_paths(config.tiles, tables))
     side = config.input_px or encoder.input_px
     autocast = torch.autocast("cpu", enabled=False)
     checker = Checker(tables, source, side, min(len(source), 512), autocast)
     before = checker.scores(encoder)
+    ranks = [checker.rank(encoder)]
     tiles_NCHW = sample_tiles(source, _LARGEST_SAMPLE, side)
     mean_D, std_D = channel_statistics(encoder, tiles_NCHW.split(_BATCH))
     fold_standardisation(encoder.model, mean_D, std_D)
     after = checker.scores(encoder)
-    report = {"tiles": len(tiles_NCHW), "before": before, "after": after}
+    ranks.append(checker.rank(encoder))
+    report = {"tiles": len(tiles_NCHW), "before": before, "after": after, "effective_rank": ranks}
     write_bundle(
         config.out,
         encoder.model,
@@ -104,4 +106,5 @@ def print_calibration(report: dict[str, Any], file: TextIO) -> None:
     for name, metrics in report["before"].items():
         for metric, value in metrics.items():
             table.add_row(name, metric, f"{value:.3f}", f"{report['after'][name][metric]:.3f}")
+    table.add_row("training tiles", "effective_rank", *(f"{rank:.1f}" for rank in report["effective_rank"]))
     Console(file=file).print(table)

@@ -19,8 +19,9 @@ from histill.evaluate.agreement import collapse_warning, effective_rank, knn_ove
 from histill.evaluate.checks import Check, find_checks, kind_of, load_check
 from histill.evaluate.retention import retention
 from histill.models.encoder import Encoder, Tokens
-from histill.tiles.images import ImageFolder, UnreadableTileError, paths_of_table, read_table
-from histill.tiles.order import tile_at
+from histill.tiles.images import UnreadableTileError, paths_of_table, read_table
+from histill.tiles.open import is_tile_set
+from histill.tiles.tile_set import TileSource
 
 __all__ = ["Checker", "Scores", "check_tables", "held_out_paths", "retentions", "sample_tiles"]
 
@@ -31,8 +32,8 @@ Scores = dict[str, dict[str, float]]
 
 
 def check_tables(tiles: Path) -> tuple[Path, ...]:
-    """The labelled and paired tables that lie directly in a folder of tiles."""
-    return tuple(find_checks(tiles)) if tiles.is_dir() else ()
+    """The labelled and paired tables that lie directly in a folder of tile images; a tile set has none of its own."""
+    return tuple(find_checks(tiles)) if tiles.is_dir() and not is_tile_set(tiles) else ()
 
 
 def held_out_paths(tiles: Path, tables: tuple[Path, ...]) -> set[str]:
@@ -65,7 +66,7 @@ class Checker:
     def __init__(
         self,
         tables: tuple[Path, ...],
-        source: ImageFolder,
+        source: TileSource,
         image_px: int,
         agreement_tiles: int,
         autocast: torch.autocast,
@@ -109,6 +110,10 @@ class Checker:
             **ranks,
         }, warning
 
+    def rank(self, encoder: Encoder) -> float:
+        """Effective rank of an encoder's class tokens on tiles of the training set."""
+        return effective_rank(self._features(self._embedding(encoder)))
+
     def _embedding(self, encoder: Encoder) -> Callable[[torch.Tensor], torch.Tensor]:
         """The class token of uint8 tiles, at the nearest size that the encoder can take."""
         side = max(1, round(self.image_px / encoder.patch_px)) * encoder.patch_px
@@ -142,10 +147,13 @@ def retentions(student: Scores, teacher: Scores, untrained: Scores) -> Scores:
     return found
 
 
-def sample_tiles(source: ImageFolder, wanted: int, image_px: int) -> torch.Tensor:
+def sample_tiles(source: TileSource, wanted: int, image_px: int) -> torch.Tensor:
     """The first readable tiles of a shuffled order that is the same in every run, uint8 (N, 3, px, px)."""
-    tiles = []
-    for index in tile_at(np.arange(len(source)), len(source), seed=0):
+    tiles: list[torch.Tensor] = []
+    for position in range(len(source)):
+        if len(tiles) == wanted:
+            break
+        (index,) = source.tile_at(np.array([position]), 0)
         try:
             tile_CHW = torch.from_numpy(source.read(int(index)).copy()).permute(2, 0, 1)
         except UnreadableTileError:
@@ -154,6 +162,4 @@ def sample_tiles(source: ImageFolder, wanted: int, image_px: int) -> torch.Tenso
             tile_CHW[None].float(), size=(image_px, image_px), mode="bilinear", antialias=True, align_corners=False
         )
         tiles.append(resized_1CHW.round().clamp(0, 255).to(torch.uint8))
-        if len(tiles) == wanted:
-            break
     return torch.cat(tiles)

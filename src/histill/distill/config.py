@@ -180,9 +180,13 @@ class DistillConfig:
     student: str = "h0-mini"
     """A name from `histill models --students`."""
     tiles: Path | None = None
-    """Folder of tile images, at any depth."""
+    """A tile set of `histill tile`, or a folder of tile images at any depth."""
     table: Path | None = None
-    """CSV with a column `path`: take only these tiles."""
+    """CSV with a column `path`: take only these tiles of a folder of images."""
+    sampling: Literal["uniform", "slide-balanced"] = "uniform"
+    """Of a tile set: every tile equally often, or every slide equally often."""
+    hold_out_slides: tuple[str, ...] = ()
+    """Ids of slides of a tile set that are not learnt from."""
     out: Path | None = None
     """Folder of the run. The same command again goes on where it stopped."""
     steps: int = 0
@@ -238,7 +242,7 @@ class DistillConfig:
         """Check that the fields without a usable default are given (presets leave them open)."""
         for name, value, remedy in (
             ("teacher", self.teacher, "give --teacher NAME; `histill models` lists the known ones"),
-            ("tiles", self.tiles, "give --tiles FOLDER, the folder of tile images"),
+            ("tiles", self.tiles, "give --tiles FOLDER, a tile set or a folder of tile images"),
             ("out", self.out, "give --out FOLDER, where the run is written"),
         ):
             if not value:

@@ -24,8 +24,9 @@ from histill.errors import ConfigError
 from histill.models import build_student, channel_statistics, fold_standardisation, load_encoder, wrap
 from histill.models.encoder import Encoder
 from histill.models.prune import prune_teacher, why_not_prunable
-from histill.tiles.images import ImageFolder
 from histill.tiles.loader import batches
+from histill.tiles.open import open_tiles
+from histill.tiles.tile_set import TileSource
 
 __all__ = ["Parts", "build", "resolve_views", "untrained_student"]
 
@@ -45,7 +46,7 @@ class Parts:
     """How the student started: random, pruned, layers or a bundle's name."""
     device: torch.device
     autocast: torch.autocast
-    source: ImageFolder
+    source: TileSource
     teacher: Teacher
     student: Encoder
     average: Encoder
@@ -60,7 +61,7 @@ class Parts:
         return {"student": self.student, "average": self.average, "task": self.task}
 
 
-def resolve_views(config: DistillConfig, source: ImageFolder, teacher_px: int, patch_px: int) -> DistillConfig:
+def resolve_views(config: DistillConfig, source: TileSource, teacher_px: int, patch_px: int) -> DistillConfig:
     """Fill in sizes of crops that are 0 (automatic).
 
     Global: the largest multiple of two patches that neither the tiles' median side, nor the teacher's input, nor
@@ -94,7 +95,13 @@ def build(config: DistillConfig, statistics: Path, *, fresh: bool = True) -> Par
     autocast = autocast_for(device, config.precision)
     tables = config.checks.tables or check_tables(config.tiles)
     held_out = held_out_paths(config.tiles, tables) if config.checks.hold_out_test else ()
-    source = ImageFolder.scan(config.tiles, table=config.table, hold_out=held_out)
+    source = open_tiles(
+        config.tiles,
+        table=config.table,
+        hold_out=held_out,
+        sampling=config.sampling,
+        hold_out_slides=config.hold_out_slides,
+    )
     encoder = load_encoder(config.teacher, device=device)
     student_model, init = _student_model(config, encoder)
     student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std).to(device)
@@ -158,7 +165,7 @@ def untrained_student(parts: Parts) -> Encoder:
     return encoder.to(parts.device).eval()
 
 
-def _fit_crops(config: DistillConfig, source: ImageFolder, device: torch.device, tiles: int) -> Generator[torch.Tensor]:
+def _fit_crops(config: DistillConfig, source: TileSource, device: torch.device, tiles: int) -> Generator[torch.Tensor]:
     """One clean global crop of each of the first ``tiles`` tiles of a shuffled order, in batches."""
     views = dataclasses.replace(config.views, n_global=1, n_local=0, teacher_view="clean")
     size = config.batch_tiles

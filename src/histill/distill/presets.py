@@ -16,17 +16,19 @@ H0_MINI = DistillConfig(
     objective=ObjectiveConfig(fit_tiles=524_288),  # 65,536 class prototypes on a set of that size
 )
 
-# No heads: standardised teacher tokens by cosine + smooth-L1 (after DistillPath, RADIO, UNIC). One crop a tile, so
-# that the teacher, which is most of the work, sees each tile once a step.
+# No heads: standardised teacher tokens by cosine + smooth-L1 (after DistillPath, RADIO, UNIC); distances and angles
+# between class tokens, and KoLeo, keep these from drawing together. One crop a tile, so that the teacher, which is
+# most of the work, sees each tile once a step.
 TOKENS = DistillConfig(
     student="vit-small",
     init="auto",
     batch_tiles=64,
     views=ViewConfig(n_global=1, n_local=0, teacher_view="clean"),
     objective=ObjectiveConfig(
-        dino=0.0, ibot=0.0, koleo=0.0, token_cls=1.0, token_patch=1.0, teacher_head="none", adaptor_hidden=0
+        dino=0.0, ibot=0.0, token_cls=1.0, token_patch=1.0, relational=1.0, teacher_head="none", adaptor_hidden=0
     ),
-    optimiser=OptimiserConfig(base_lr=6e-4, weight_decay_end=0.04, freeze_last_layer=0.0),
+    # 6e-4 spoils a pruned start within 75 steps (docs/results/first-student.md).
+    optimiser=OptimiserConfig(base_lr=1.5e-4, weight_decay_end=0.04, freeze_last_layer=0.0),
 )
 
 # DINO + iBOT on prototypes, sized for 2 cores: small crops, few local ones, narrow heads.

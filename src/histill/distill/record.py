@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 from histill import files
 from histill.errors import MissingExtraError, RunError
+from histill.files import lock
 
 __all__ = ["MetricsLog", "Stop", "one_process", "read_rows", "require_tensorboard"]
 
@@ -47,16 +47,13 @@ class Stop:
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
     """Hold a run folder; a second process gets an error instead of mixing its files in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with lock(folder / ".lock", wait=False) as ours:
+        if not ours:
             raise RunError(
                 "another process works in this run folder",
                 where=folder,
                 remedy="wait until it ends, or give another --out",
-            ) from None
+            )
         yield
 
 

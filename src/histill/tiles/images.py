@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histill.errors import DataError, nearest
+from histill.tiles.order import tile_at
 
 __all__ = ["ImageFolder", "UnreadableTileError", "decode", "image_px", "paths_of_table", "read_table"]
 
@@ -172,6 +173,14 @@ class ImageFolder:
             raise UnreadableTileError("a tile cannot be read", where=path, got=error.strerror or error) from None
         return decode(data, self.paths[index])
 
+    def name(self, index: int) -> str:
+        """What a message calls a tile: its path below the folder."""
+        return self.paths[index]
+
+    def tile_at(self, positions_B: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+        """Which tile stands at each position of the endless stream, int64 (B,): all of them shuffled, every epoch."""
+        return tile_at(positions_B, len(self), seed)
+
     def median_side_px(self, sample: int = 256) -> int:
         """Median over evenly spaced tiles of the shorter side, in pixels, from the headers of the files."""
         step = max(1, len(self) // sample)
@@ -210,7 +219,3 @@ def _images_below(root: Path) -> list[str]:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
     return found
-
-
-ReadTile = Callable[[int], NDArray[np.uint8]]
-"""What a loader needs of a source: index -> uint8 (height, width, 3), or UnreadableTileError."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from histill.tiles.images import ImageFolder, UnreadableTileError
-from histill.tiles.order import tile_at
+from histill.tiles.images import UnreadableTileError
+from histill.tiles.tile_set import TileSource
 
 __all__ = ["Batch", "batches"]
 
@@ -34,14 +34,14 @@ class Batch:
     """Path -> reason, of the tiles of this step that could not be read."""
 
 
-def _read_batch(source: ImageFolder, positions_B: NDArray[np.int64], seed: int) -> Batch:
+def _read_batch(source: TileSource, positions_B: NDArray[np.int64], seed: int) -> Batch:
     tiles, positions, unreadable = [], [], {}
-    for position, index in zip(positions_B, tile_at(positions_B, len(source), seed), strict=True):
+    for position, index in zip(positions_B, source.tile_at(positions_B, seed), strict=True):
         try:
             tiles.append(source.read(int(index)))
             positions.append(position)
         except UnreadableTileError as error:
-            unreadable[source.paths[index]] = str(error).replace("\n", "; ")
+            unreadable[source.name(int(index))] = str(error).replace("\n", "; ")
     height, width = (max((tile.shape[axis] for tile in tiles), default=0) for axis in (0, 1))
     batch_BHWC = np.zeros((len(tiles), height, width, 3), dtype=np.uint8)
     for place, tile in zip(batch_BHWC, tiles, strict=True):
@@ -55,7 +55,7 @@ def _read_batch(source: ImageFolder, positions_B: NDArray[np.int64], seed: int) 
 
 
 def batches(
-    source: ImageFolder,
+    source: TileSource,
     positions_of_step: Callable[[int], NDArray[np.int64]],
     first_step: int,
     last_step: int,

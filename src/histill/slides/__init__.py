@@ -1,0 +1,1 @@
+"""Open a slide, its scale, its tissue, its grid."""

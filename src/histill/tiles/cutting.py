@@ -1,0 +1,226 @@
+"""What a worker process does for one slide: plan its tiles, and cut a cell of them. Pure functions of the slide.
+
+Shapes: N tiles of a slide or a cell, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from histill.slides.grid import tile_origins, tissue_shares
+from histill.slides.masks import read_mask
+from histill.slides.open import open_slide
+from histill.slides.quality import rejected
+from histill.slides.render import TileRenderer
+from histill.slides.scale import resolve_scale
+from histill.slides.slide import Slide, UnreadableRegionError
+from histill.slides.tissue import tissue_mask
+from histill.tiles.config import TileConfig
+
+__all__ = ["Cell", "SlideJob", "SlidePlan", "cells", "cut", "mask_name", "plan_slide"]
+
+Reader = Literal["auto", "openslide", "tiff"]
+
+# A cell is a square patch of the grid: what one task cuts. Its blocks fit the reader's cache, so that only those on
+# its rim are decoded twice; a whole row of a wide slide would not fit, and nearly every block would be.
+_CELL_SIDE = 14
+_THUMBNAIL_PX = 1024
+_PNG_LEVEL = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlideJob:
+    """One slide and all that its tiles depend on."""
+
+    id: str
+    path: Path
+    config: TileConfig
+    override_mpp: float | None = None
+    """Microns per level-0 pixel in place of the slide's own."""
+    mask: Path | None = None
+    """A tissue mask in place of Otsu's."""
+    patient: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlidePlan:
+    """A slide's scale, and the tiles that have tissue."""
+
+    width: int
+    """Of level 0, pixels."""
+    height: int
+    slide_bytes: int
+    """Size of the slide's files."""
+    mpp: float
+    """Of level 0."""
+    mpp_source: str
+    level: int
+    """Level that tiles are read from."""
+    extent_px: float
+    """Side of a tile in level-0 pixels."""
+    reader: Reader
+    vendor: str
+    mask: str
+    """otsu, or the mask's file name and the start of its SHA-256."""
+    grid_tiles: int
+    """Tiles of the grid, with and without tissue."""
+    origins_N2: NDArray[np.int64]
+    """x and y of the tiles with tissue in level-0 pixels, cell by cell, row by row in a cell."""
+    tissue_N: NDArray[np.float32]
+    """Their shares of tissue."""
+    cell_N: NDArray[np.int64]
+    """Number of the cell that each lies in, ascending."""
+    thumbnail_HW3: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """The tiles that were cut from one cell."""
+
+    kept: tuple[int, ...]
+    """Which of the cell's tiles, ascending."""
+    images: tuple[bytes, ...]
+    """Their files; empty files in an index-only set."""
+    rejected: dict[str, int]
+    """Quality filter -> tiles that it left out."""
+    unreadable: tuple[tuple[int, str], ...]
+    """(which tile, reason) of those whose pixels are damaged."""
+
+
+class _Opened:
+    """The slide that this process worked on last: the next cell is mostly of the same one."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Path, str] | None = None
+        self.slide: Slide | None = None
+
+    def get(self, path: Path, reader: Reader) -> Slide:
+        if self.slide is None or self.key != (path, reader):
+            self.close()
+            self.slide = open_slide(path, reader=reader)
+            self.key = (path, self.slide.reader)  # what "auto" found serves the cells, without another comparison
+        return self.slide
+
+    def close(self) -> None:
+        if self.slide is not None:
+            self.slide.close()
+        self.slide = self.key = None
+
+
+_opened = _Opened()
+
+
+def plan_slide(job: SlideJob) -> SlidePlan:
+    """Open a slide, settle its scale, find its tissue and lay the grid.
+
+    Raises
+    ------
+    SlideError
+        The slide cannot be opened, has no scale, is coarser than wanted, or its mask does not fit.
+    """
+    config, slide = job.config, _opened.get(job.path, job.config.reader)
+    scale = resolve_scale(
+        slide.scale_facts, override=job.override_mpp, trust_tiff=config.trust_tiff_resolution, where=job.path
+    )
+    renderer = TileRenderer(slide, scale.mpp, config.mpp, config.tile_px, config.tolerance, config.upsample)
+    full = slide.levels[0]
+    longest = max(full.width, full.height)
+    small = slide.thumbnail(max(1, round(longest * scale.mpp / config.tissue.mpp)))
+    height, width = small.present_HW.shape
+    if job.mask is None:
+        mpp = scale.mpp * longest / max(height, width)
+        mask_HW = tissue_mask(small.image_HW3, small.present_HW, mpp, config.tissue)
+        mask_HW |= small.damaged_HW  # whether tissue stood there is unknown: its tiles are tried, counted and named
+        told = "otsu"
+    else:
+        mask_HW = read_mask(job.mask, full.width, full.height, width, height)
+        told = mask_name(job.mask)
+    stride_px = renderer.extent_px * config.stride / config.tile_px
+    origins_N2 = tile_origins(full.width, full.height, renderer.extent_px, stride_px)
+    tissue_N = tissue_shares(mask_HW, full.width, full.height, origins_N2, renderer.extent_px)
+    with_tissue_N = (tissue_N >= config.tissue_min) & (tissue_N > 0)
+    chosen_N2, tissue_N = origins_N2[with_tissue_N], tissue_N[with_tissue_N]
+    column_N, row_N = np.rint(chosen_N2 / stride_px).astype(np.int64).T // _CELL_SIDE
+    cell_N = row_N * (1 << 32) + column_N
+    order_N = np.argsort(cell_N, kind="stable")
+    return SlidePlan(
+        width=full.width,
+        height=full.height,
+        slide_bytes=_bytes_of(job.path),
+        mpp=scale.mpp,
+        mpp_source=scale.source,
+        level=renderer.level,
+        extent_px=renderer.extent_px,
+        reader=cast(Reader, slide.reader),
+        vendor=slide.vendor,
+        mask=told,
+        grid_tiles=len(origins_N2),
+        origins_N2=chosen_N2[order_N],
+        tissue_N=tissue_N[order_N],
+        cell_N=cell_N[order_N],
+        thumbnail_HW3=slide.thumbnail(min(longest, _THUMBNAIL_PX)).image_HW3,
+    )
+
+
+def mask_name(mask: Path) -> str:
+    """How a record names a mask: its file name and the start of its SHA-256."""
+    return f"{mask.name} {hashlib.sha256(mask.read_bytes()).hexdigest()[:12]}"
+
+
+def _bytes_of(path: Path) -> int:
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
+    return path.stat().st_size
+
+
+def cells(plan: SlidePlan) -> list[slice]:
+    """The rows of ``origins_N2`` of each cell, in order."""
+    if not len(plan.cell_N):
+        return []
+    starts = np.flatnonzero(np.diff(plan.cell_N, prepend=-1))
+    ends = [*starts[1:], len(plan.cell_N)]
+    return [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
+
+
+def cut(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.int64]) -> Cell:
+    """Render, judge and encode the tiles at some origins; ``reader`` and ``mpp`` are the plan's."""
+    config, slide = job.config, _opened.get(job.path, reader)
+    renderer = TileRenderer(slide, mpp, config.mpp, config.tile_px, config.tolerance, config.upsample)
+    kept, images, reasons, unreadable = [], [], Counter[str](), []
+    for number, (x, y) in enumerate(origins_N2.tolist()):
+        try:
+            tile_HW3 = renderer.read(x, y)
+        except UnreadableRegionError as error:
+            unreadable.append((number, str(error).replace("\n", ";")))
+            continue
+        reason = rejected(tile_HW3, config.quality, config.mpp)
+        if reason is not None:
+            reasons[reason] += 1
+            continue
+        kept.append(number)
+        images.append(_encode(tile_HW3, config))
+    return Cell(kept=tuple(kept), images=tuple(images), rejected=dict(reasons), unreadable=tuple(unreadable))
+
+
+def _encode(tile_HW3: NDArray[np.uint8], config: TileConfig) -> bytes:
+    if config.index_only:
+        return b""
+    if config.lossless:
+        return bytes(imagecodecs.png_encode(tile_HW3, level=_PNG_LEVEL))
+    encoded: bytes = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(tile_HW3),
+        quality=config.jpeg_quality,
+        colorspace="RGB",
+        colorsubsampling=config.jpeg_chroma,
+        fastdct=False,
+    )
+    return encoded

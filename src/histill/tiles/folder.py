@@ -1,0 +1,239 @@
+"""The folder of a tile set: where each file lies, and the records of finished slides.
+
+A slide is finished when its record ``parts/<slide>.json`` is there: it is written last, after shards, rows and
+thumbnail. What a killed process leaves lies below ``.work`` and is thrown away by whoever takes the slide next.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from histill import files
+from histill.errors import RunError, nearest
+from histill.tiles.config import FORMAT
+
+__all__ = ["SetFolder", "SlideRecord", "SlideStatus"]
+
+SlideStatus = Literal["done", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlideRecord:
+    """One row of ``slides.csv``, and what a later run compares."""
+
+    slide: str
+    path: str
+    status: SlideStatus
+    tiles: int = 0
+    """Tiles in the set."""
+    mpp: float | None = None
+    """Microns per pixel of level 0."""
+    mpp_source: str | None = None
+    """override, vendor, objective or tiff."""
+    level: int | None = None
+    """Level that was read."""
+    width: int | None = None
+    height: int | None = None
+    vendor: str | None = None
+    reader: str | None = None
+    mask: str | None = None
+    patient: str | None = None
+    grid_tiles: int = 0
+    """Tiles of the grid; those not counted below had too little tissue."""
+    tissue_tiles: int = 0
+    """Tiles with enough tissue: tiles + white + black + blur + pen + unreadable."""
+    white: int = 0
+    black: int = 0
+    blur: int = 0
+    pen: int = 0
+    unreadable: int = 0
+    """Tiles whose pixels are damaged: listed in ``unreadable.csv``."""
+    slide_bytes: int = 0
+    """Size of the slide's file."""
+    set_bytes: int = 0
+    """Size of its shards."""
+    seconds: float = 0.0
+    error: str | None = None
+    shards: tuple[str, ...] = ()
+    unreadable_tiles: tuple[tuple[int, int, str], ...] = field(default=())
+    """x, y, reason."""
+
+    @classmethod
+    def read(cls, path: Path) -> SlideRecord:
+        """Read a record."""
+        values = files.read_json(path)
+        values["shards"] = tuple(values["shards"])
+        values["unreadable_tiles"] = tuple((x, y, reason) for x, y, reason in values["unreadable_tiles"])
+        return cls(**values)
+
+
+# In files beside slides.csv, not in its cells.
+_NOT_IN_CSV = ("shards", "unreadable_tiles")
+
+
+@dataclass(frozen=True, slots=True)
+class SetFolder:
+    """Paths of a tile set, and the moments at which it changes."""
+
+    root: Path
+
+    @property
+    def index(self) -> Path:
+        """The index of all tiles."""
+        return self.root / "index.parquet"
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the shards."""
+        return self.root / "shards"
+
+    def record(self, slide: str) -> Path:
+        """What makes a slide finished."""
+        return self.root / "parts" / f"{slide}.json"
+
+    def rows(self, slide: str) -> Path:
+        """The slide's rows of the index."""
+        return self.root / "parts" / f"{slide}.parquet"
+
+    def thumbnail(self, slide: str) -> Path:
+        """Picture of the slide with the kept tiles."""
+        return self.root / "thumbnails" / f"{slide}.jpg"
+
+    @contextmanager
+    def taken(self, slide: str) -> Iterator[Path | None]:
+        """Take a slide among all processes that work on this folder.
+
+        Yields an empty folder for its unfinished files, or None when another process has the slide.
+        """
+        work = self.root / ".work" / slide
+        with files.lock(self.root / ".work" / f"{slide}.lock", wait=False) as ours:
+            if not ours:
+                yield None
+                return
+            shutil.rmtree(work, ignore_errors=True)  # a killed process's
+            work.mkdir(parents=True)
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+                (self.root / ".work" / f"{slide}.lock").unlink(missing_ok=True)
+
+    @contextmanager
+    def index_lock(self) -> Iterator[None]:
+        """Write the index and the tables, one process at a time."""
+        with files.lock(self.root / ".work" / "set.lock", wait=True):
+            for stray in self.root.glob(".tmp-*"):  # a killed process's: only the holder of this lock writes here
+                stray.unlink(missing_ok=True)
+            yield
+
+    def is_done(self, slide: str) -> bool:
+        """Whether a slide is finished."""
+        path = self.record(slide)
+        return path.exists() and SlideRecord.read(path).status == "done"
+
+    def place(self, path: Path, target: Path) -> None:
+        """Move a finished file from a work folder to where it belongs; it and its name are on the disk after that."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.sync(path)
+        path.replace(target)
+        files.sync(target.parent)
+
+    def records(self) -> list[SlideRecord]:
+        """All records, sorted by slide."""
+        found = [SlideRecord.read(path) for path in (self.root / "parts").glob("*.json")]
+        return sorted(found, key=lambda record: record.slide)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Write the settings into a new folder, or compare them with those that are there.
+
+        Raises
+        ------
+        RunError
+            The folder holds something else, or a set with other settings.
+        """
+        path = self.root / "tileset.json"
+        with self.index_lock():
+            if not path.exists():
+                strangers = [entry.name for entry in self.root.iterdir() if entry.name != ".work"]
+                if strangers:
+                    raise RunError(
+                        "this folder holds something that is not a tile set",
+                        where=self.root,
+                        got=", ".join(sorted(strangers)[:5]),
+                        remedy="give --out a new or an empty folder",
+                    )
+                files.write_json(path, settings)
+                return
+            there = self.settings()
+            differing = [name for name in settings if there.get(name) != settings[name]]
+            if differing:
+                raise RunError(
+                    "this folder holds a tile set with other settings",
+                    where=self.root,
+                    got="; ".join(f"{name}: {there.get(name)} there, {settings[name]} now" for name in differing),
+                    remedy="give another --out, or the settings of that set",
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """What the set was made by.
+
+        Raises
+        ------
+        RunError
+            The folder is not a tile set, or one of another version.
+        """
+        path = self.root / "tileset.json"
+        try:
+            there = files.read_json(path)
+        except FileNotFoundError:
+            known = [entry.name for entry in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
+            raise RunError(
+                "this is not a tile set",
+                where=self.root,
+                got="no tileset.json in it" if self.root.is_dir() else "no such folder",
+                remedy=nearest(self.root.name, known) if not self.root.is_dir() else "make one with histill tile",
+            ) from None
+        except ValueError as error:
+            raise RunError("this tile set's settings are damaged", where=path, got=error) from None
+        if not isinstance(there, dict) or there.get("format") != FORMAT:
+            got = there.get("format") if isinstance(there, dict) else type(there).__name__
+            raise RunError("a tile set of another version", where=path, got=got, allowed=f"format {FORMAT}")
+        return there
+
+    def write_tables(self, records: Sequence[SlideRecord]) -> None:
+        """Write ``slides.csv`` and ``unreadable.csv``."""
+        columns = [entry.name for entry in fields(SlideRecord) if entry.name not in _NOT_IN_CSV]
+        rows = [[_cell(asdict(record)[name]) for name in columns] for record in records]
+        files.write_text(self.root / "slides.csv", _csv(columns, rows))
+        damaged = [[record.slide, x, y, reason] for record in records for x, y, reason in record.unreadable_tiles]
+        files.write_text(self.root / "unreadable.csv", _csv(["slide", "x", "y", "reason"], damaged))
+
+    def tidy(self) -> None:
+        """Remove from ``.work`` what no running process holds, and ``.work`` itself when that was all."""
+        work = self.root / ".work"
+        for path in work.glob("*.lock"):
+            with files.lock(path, wait=False) as ours:
+                if ours:  # whoever opened this file before now, and gets it next, finds its slide finished or redoes it
+                    shutil.rmtree(work / path.name.removesuffix(".lock"), ignore_errors=True)
+                    path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process is at work
+            work.rmdir()
+
+
+def _cell(value: object) -> object:
+    return "" if value is None else str(value).replace("\n", "; ") if isinstance(value, str) else value
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()

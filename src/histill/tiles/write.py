@@ -1,0 +1,158 @@
+"""Slides -> a tile set: which slides are still to do, who does them, and what is written at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from histill.errors import DataError, HistillError
+from histill.tiles.config import TileConfig
+from histill.tiles.cutting import SlideJob
+from histill.tiles.folder import SetFolder, SlideRecord
+from histill.tiles.index import merge_indexes
+from histill.tiles.jobs import jobs_of, refuse_changes
+from histill.tiles.pool import BrokenProcessPool, Pool, cores
+from histill.tiles.progress import TilingProgress
+from histill.tiles.slide_writer import failed, tile_slide
+
+__all__ = ["Outcome", "finish", "write_tiles"]
+
+_CRASHED = (
+    "a worker process died while it read this slide, and again when it read it alone: a damaged file, or too little "
+    "memory (dmesg tells)"
+)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did."""
+
+    done: list[SlideRecord] = field(default_factory=list)
+    failed: list[SlideRecord] = field(default_factory=list)
+    there: int = 0
+    """Slides that an earlier run had finished."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Slides that another process has taken."""
+
+    def add(self, record: SlideRecord) -> None:
+        """Count one slide."""
+        (self.failed if record.status == "failed" else self.done).append(record)
+
+
+def write_tiles(config: TileConfig, console: Console) -> Outcome:
+    """Make or complete a tile set.
+
+    Raises
+    ------
+    ConfigError, RunError, DataError
+        The command line, the folder, or the disk is at fault. A slide at fault gets a row with its error instead.
+    """
+    assert config.out is not None
+    folder = SetFolder(config.out)
+    jobs = jobs_of(config)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError("the folder cannot be made", where=folder.root, got=error.strerror or error) from None
+    try:
+        folder.claim(config.settings())
+        finished = {record.slide: record for record in folder.records() if record.status == "done"}
+        for job in jobs:
+            if job.id in finished:
+                refuse_changes(job, finished[job.id])
+    except HistillError:
+        folder.tidy()  # a refusal leaves the folder as it was
+        raise
+    outcome = Outcome(there=sum(job.id in finished for job in jobs))
+    todo = [job for job in jobs if job.id not in finished]
+    try:
+        if config.ray is not None:
+            from histill.tiles.cluster import tile_on_ray
+
+            tile_on_ray(config.ray, todo, folder, outcome, console)
+        elif todo:
+            _tile_here(config, todo, folder, outcome, console)
+    finally:
+        finish(folder)
+    return outcome
+
+
+def finish(folder: SetFolder) -> None:
+    """Write the index and the tables of all slides that are finished, by whichever process."""
+    with folder.index_lock():
+        records = folder.records()
+        parts = [folder.rows(record.slide) for record in records if record.status == "done"]
+        merge_indexes(parts, folder.index, folder.settings())
+        folder.write_tables(records)
+    folder.tidy()
+
+
+def _tile_here(
+    config: TileConfig, todo: Sequence[SlideJob], folder: SetFolder, outcome: Outcome, console: Console
+) -> None:
+    """Cut with processes of this machine.
+
+    A thread a slide hands out its cells and writes what comes back, so that all processes are busy with many small
+    slides as well as with one large one.
+    """
+    pool = Pool(config.workers or cores())
+    crashed: list[SlideJob] = []
+    stop = threading.Event()
+
+    def one(job: SlideJob, bar: TilingProgress) -> None:
+        if stop.is_set():
+            return
+        with folder.taken(job.id) as work:
+            if work is None or folder.is_done(job.id):
+                outcome.elsewhere.append(job.id)
+                return
+            try:
+                record = tile_slide(job, folder, work, pool, bar.tell)
+            except BrokenProcessPool:
+                crashed.append(job)
+                return
+            except BaseException:
+                stop.set()
+                raise
+        outcome.add(record)
+        bar.slide(record)
+
+    try:
+        with TilingProgress(console, len(todo)) as bar:
+            threads = ThreadPoolExecutor(min(pool.count, len(todo)), thread_name_prefix="slide")
+            try:
+                futures = [threads.submit(one, job, bar) for job in todo]
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.close()  # what is in flight ends now, and with it the threads
+                raise
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+            _retry_alone(crashed, folder, outcome, bar)
+    finally:
+        pool.close()
+
+
+def _retry_alone(crashed: Sequence[SlideJob], folder: SetFolder, outcome: Outcome, bar: TilingProgress) -> None:
+    """Slides that were in flight when a process died: one at a time, so that the guilty one is known."""
+    for job in sorted(crashed, key=lambda job: job.id):
+        pool = Pool(1)
+        try:
+            with folder.taken(job.id) as work:
+                if work is None or folder.is_done(job.id):
+                    outcome.elsewhere.append(job.id)
+                    continue
+                try:
+                    record = tile_slide(job, folder, work, pool, bar.tell)
+                except BrokenProcessPool:
+                    record = failed(job, folder, work, _CRASHED)
+        finally:
+            pool.close()
+        outcome.add(record)
+        bar.slide(record)

@@ -1,0 +1,376 @@
+"""`histill tile` on real slides: what is in a set, what is refused, and that nothing is lost or mixed."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from histill.cli import main
+from histill.tiles.open import open_set
+
+SMALL = "CMU-1-Small-Region"
+TCGA = "TCGA-CR-7395-01A-01-TS1"
+
+
+@pytest.fixture(scope="module")
+def slides(shared_data: Path) -> Path:
+    return shared_data / "slides"
+
+
+def _rows(folder: Path, name: str = "slides.csv") -> dict[str, dict[str, str]]:
+    with (folder / name).open(newline="") as file:
+        return {row["slide"]: row for row in csv.DictReader(file)}
+
+
+def content(folder: Path) -> dict[str, str]:
+    """File -> hash of all that a set is; the seconds that a slide took are the only thing that may differ."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        if path.parent.name == "parts" and path.suffix == ".json":
+            data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
+        if path.name == "slides.csv":
+            rows = list(csv.DictReader(data.decode().splitlines()))
+            data = json.dumps([row | {"seconds": 0} for row in rows]).encode()
+        found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def tile(*argv: object) -> int:
+    return main(["tile", *map(str, argv), "--workers", "1"])
+
+
+@pytest.fixture(scope="module")
+def small_set(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("small") / "set"
+    assert tile(slides / f"{SMALL}.svs", "--out", out) == 0
+    return out
+
+
+# ------------------------------------------------------------------ what is in a set
+
+
+def test_the_set_of_a_real_slide(small_set: Path) -> None:
+    row = _rows(small_set)[SMALL]
+    assert (row["status"], row["mpp"], row["mpp_source"], row["vendor"]) == ("done", "0.499", "vendor", "aperio")
+    # 2220 x 2967 px at 0.499 are 1107.8 x 1480.5 um: 9 x 13 tiles of 112 um
+    assert int(row["grid_tiles"]) == 9 * 13
+    fates = ("tiles", "white", "black", "blur", "pen", "unreadable")
+    assert sum(int(row[fate]) for fate in fates) == int(row["tissue_tiles"]) <= int(row["grid_tiles"])
+    table = pq.read_table(small_set / "index.parquet").to_pylist()
+    assert len(table) == int(row["tiles"]) > 40
+    assert {(entry["mpp"], entry["level"], entry["slide"]) for entry in table} == {(0.5, 0, SMALL)}
+    step = 224 * 0.5 / 0.499
+    assert {entry["x"] for entry in table} <= {round(i * step) for i in range(9)}
+    assert len({(entry["x"], entry["y"]) for entry in table}) == len(table)
+    settings = json.loads((small_set / "tileset.json").read_text())
+    assert settings["codec"] == "jpeg"
+    assert settings["jpeg_quality"] == 90
+    assert not list(small_set.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def lossless_set(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("lossless") / "set"
+    assert tile(slides / f"{SMALL}.svs", "--out", out, "--lossless") == 0
+    return out
+
+
+def _regions(slide: Path, folder: Path) -> list[np.ndarray]:
+    """What OpenSlide and Pillow give at the places of a set's tiles, shrunk by 1.002."""
+    import openslide
+    from PIL import Image
+
+    extent, found = 224 * 0.5 / 0.499, []
+    with openslide.OpenSlide(slide) as whole:
+        for row in pq.read_table(folder / "index.parquet").to_pylist():
+            region = whole.read_region((row["x"], row["y"]), 0, (225, 225)).convert("RGB")
+            shrunk = region.resize((224, 224), Image.Resampling.BILINEAR, box=(0, 0, extent, extent))
+            found.append(np.asarray(shrunk).astype(float))
+    return found
+
+
+def test_a_tile_is_the_slide_at_that_place(lossless_set: Path, slides: Path) -> None:
+    source = open_set(lossless_set)
+    for index, wanted in enumerate(_regions(slides / f"{SMALL}.svs", lossless_set)):
+        assert np.abs(source.read(index) - wanted).mean() < 1
+
+
+def test_the_dicom_twin_gives_the_same_tiles(lossless_set: Path, slides: Path, tmp_path: Path) -> None:
+    """The twin was compressed again, with half the colours across: that much the two files differ by themselves."""
+    dicom = slides / f"{SMALL}_dicom"
+    assert tile(dicom, "--out", tmp_path / "set", "--lossless") == 0
+    here, there = open_set(lossless_set), open_set(tmp_path / "set")
+    places = [
+        [(row["x"], row["y"]) for row in pq.read_table(folder / "index.parquet").to_pylist()]
+        for folder in (lossless_set, tmp_path / "set")
+    ]
+    assert places[0] == places[1]
+    ours = [(here.read(i).astype(float), there.read(i).astype(float)) for i in range(len(here))]
+    dicom_file = sorted(dicom.glob("*.dcm"))[0]
+    theirs = list(zip(_regions(slides / f"{SMALL}.svs", lossless_set), _regions(dicom_file, lossless_set), strict=True))
+
+    def apart(pairs: list[tuple[np.ndarray, np.ndarray]], weights: list[float]) -> float:
+        return float(np.mean([np.abs((one - other) @ weights).mean() for one, other in pairs]))
+
+    green = [0.0, 1.0, 0.0]
+    luma = [0.299, 0.587, 0.114]
+    assert apart(ours, luma) < 1
+    assert apart(ours, green) == pytest.approx(apart(theirs, green), abs=0.1)
+
+
+def test_at_a_coarser_scale_the_dicom_twin_agrees_in_colour_too(slides: Path, tmp_path: Path) -> None:
+    for name, slide in (("svs", f"{SMALL}.svs"), ("dicom", f"{SMALL}_dicom")):
+        assert tile(slides / slide, "--out", tmp_path / name, "--mpp", 2, "--tile-px", 56, "--lossless") == 0
+    here, there = open_set(tmp_path / "svs"), open_set(tmp_path / "dicom")
+    assert len(here) == len(there) > 40
+    differences = [np.abs(here.read(i).astype(int) - there.read(i).astype(int)).mean() for i in range(len(here))]
+    assert max(differences) < 2
+
+
+def test_the_thumbnail_shows_the_kept_grid(small_set: Path) -> None:
+    from PIL import Image
+
+    thumbnail = np.asarray(Image.open(small_set / "thumbnails" / f"{SMALL}.jpg")).astype(int)
+    assert max(thumbnail.shape) == 1024
+    green = (thumbnail[..., 1] > thumbnail[..., 0] + 30) & (thumbnail[..., 1] > thumbnail[..., 2] + 10)
+    assert 0.01 < green.mean() < 0.2
+
+
+def test_lossless_and_index_only_hold_the_same_pixels(slides: Path, tmp_path: Path) -> None:
+    slide = slides / f"{SMALL}.svs"
+    assert tile(slide, "--out", tmp_path / "png", "--lossless", "--mpp", 1) == 0
+    assert tile(slide, "--out", tmp_path / "index", "--index-only", "--mpp", 1) == 0
+    assert not (tmp_path / "index" / "shards").exists() or not list((tmp_path / "index" / "shards").iterdir())
+    stored, online = open_set(tmp_path / "png"), open_set(tmp_path / "index")
+    assert len(stored) == len(online) > 9
+    for index in range(len(stored)):
+        np.testing.assert_array_equal(stored.read(index), online.read(index))
+
+
+def test_a_drawn_mask_replaces_otsu(slides: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    square = [[[600, 600], [1500, 600], [1500, 1500], [600, 1500], [600, 600]]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": square}, "properties": {}}
+    (masks / f"{SMALL}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    assert tile(slides / f"{SMALL}.svs", "--out", tmp_path / "set", "--masks", masks, "--tissue-min", 1) == 0
+    extent = 224 * 0.5 / 0.499
+    table = pq.read_table(tmp_path / "set" / "index.parquet").to_pylist()
+    # wholly inside 600..1500: columns 3, 4, 5 (673.4 to 1346.7), and 9 tiles in all
+    assert {(round(row["x"] / extent), round(row["y"] / extent)) for row in table} <= {
+        (x, y) for x in (3, 4, 5) for y in (3, 4, 5)
+    }
+    assert len(table) >= 7  # a filter may take some
+    assert _rows(tmp_path / "set")[SMALL]["mask"].startswith(f"{SMALL}.geojson ")
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def test_a_slide_without_a_scale_is_refused_with_the_remedy(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set") == 2
+    row = _rows(tmp_path / "set")[TCGA]
+    assert row["status"] == "failed"
+    assert "--mpp-override" in row["error"]
+    assert "--mpp-override" in capsys.readouterr().err
+    overrides = tmp_path / "mpp.csv"
+    overrides.write_text(f"slide,mpp\n{TCGA},0.5\n")
+    assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set", "--mpp-override", overrides) == 0
+    row = _rows(tmp_path / "set")[TCGA]
+    assert (row["status"], row["mpp"], row["mpp_source"]) == ("done", "0.5", "override")
+    assert int(row["tiles"]) > 50
+
+
+def test_a_broken_slide_does_not_stop_the_others(slides: Path, tmp_path: Path) -> None:
+    given = [slides / f"{SMALL}.svs", slides / "broken.svs", slides / "unreadable.svs", slides / "kidney-48-5.tif"]
+    assert tile(*given, "--out", tmp_path / "set") == 2
+    rows = _rows(tmp_path / "set")
+    assert rows[SMALL]["status"] == "done"
+    for name in ("broken", "unreadable", "kidney-48-5"):
+        assert rows[name]["status"] == "failed", name
+        assert len(rows[name]["error"]) > 30
+    assert len(open_set(tmp_path / "set")) == int(rows[SMALL]["tiles"])
+
+
+def damaged_copy(slide: Path, target: Path, how: str) -> tuple[int, int]:
+    """Damage one block in the middle of level 0 of a copy; returns the level-0 pixel at its middle."""
+    import tifffile
+
+    shutil.copyfile(slide, target)
+    with tifffile.TiffFile(target) as file:
+        page = file.pages[0]
+        columns = -(-page.imagewidth // page.tilewidth)
+        column, row = 4, 5
+        number = row * columns + column
+        offset, count = page.dataoffsets[number], page.databytecounts[number]
+        middle = (column * page.tilewidth + page.tilewidth // 2, row * page.tilelength + page.tilelength // 2)
+    with target.open("r+b") as file:
+        file.seek(offset if how == "zero" else offset + count // 2)
+        file.write(bytes(count if how == "zero" else count - count // 2))
+    return middle
+
+
+@pytest.mark.parametrize("how", ["zero", "truncate"])
+@pytest.mark.parametrize("name", [SMALL, TCGA])
+def test_a_damaged_block_is_counted_and_named(how: str, name: str, slides: Path, tmp_path: Path) -> None:
+    x, y = damaged_copy(slides / f"{name}.svs", tmp_path / f"{name}.svs", how)
+    options = ("--mpp-override", 0.5, "--tissue-min", 0, "--quality.white-max", 1, "--quality.blur-min", 0)
+    assert tile(slides / f"{name}.svs", "--out", tmp_path / "good", *options) == 0
+    assert tile(tmp_path / f"{name}.svs", "--out", tmp_path / "set", *options) == 0
+    good, bad = (pq.read_table(tmp_path / folder / "index.parquet").to_pylist() for folder in ("good", "set"))
+    lost = {(row["x"], row["y"]) for row in good} - {(row["x"], row["y"]) for row in bad}
+    with (tmp_path / "set" / "unreadable.csv").open(newline="") as file:
+        named = {(int(row["x"]), int(row["y"])) for row in csv.DictReader(file)}
+    assert named == lost
+    assert 1 <= len(named) <= 9
+    assert any(left <= x < left + 224 and top <= y < top + 224 for left, top in named)
+    assert int(_rows(tmp_path / "set")[name]["unreadable"]) == len(named)
+    here, there = open_set(tmp_path / "good"), open_set(tmp_path / "set")
+    kept = {(row["x"], row["y"]): index for index, row in enumerate(good)}
+    for index, row in enumerate(bad):
+        np.testing.assert_array_equal(there.read(index), here.read(kept[row["x"], row["y"]]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--out", "SET"], "no slides are given"),
+        (["SLIDE"], "--out"),
+        (["SLIDE", "--out", "SET", "--mpp-override", "missing.csv"], "missing.csv"),
+        (["nowhere.svs", "--out", "SET"], "nowhere.svs"),
+        (["--inspect", "nowhere"], "not a tile set"),
+    ],
+)
+def test_a_wrong_command_line(
+    argv: list[str], told: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"SLIDE": str(slides / f"{SMALL}.svs"), "SET": str(tmp_path / "set")}
+    assert main(["tile", *(names.get(word, word) for word in argv)]) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--shard", "2/2"), ("--mpp", "0"), ("--tissue-min", "2")])
+def test_a_value_out_of_range(
+    option: str, value: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tile(slides / f"{SMALL}.svs", "--out", tmp_path / "set", option, value)
+    told = capsys.readouterr().err
+    assert option in told
+    assert "allowed" in told
+
+
+def test_other_settings_and_other_folders_are_refused(
+    small_set: Path, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(small_set)
+    assert tile(slides / f"{SMALL}.svs", "--out", small_set, "--mpp", 1) == 1
+    assert "mpp: 0.5 there, 1.0 now" in capsys.readouterr().err
+    assert tile(slides / f"{SMALL}.svs", "--out", small_set, "--mpp-override", 0.25) == 1
+    assert "another mpp" in capsys.readouterr().err
+    assert content(small_set) == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert tile(slides / f"{SMALL}.svs", "--out", tmp_path) == 1
+    assert "thesis.txt" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ parts of a whole
+
+
+@pytest.fixture(scope="module")
+def three(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three slides that differ."""
+    folder = tmp_path_factory.mktemp("three")
+    (folder / "deep").mkdir()
+    shutil.copyfile(slides / f"{SMALL}.svs", folder / "a.svs")
+    shutil.copyfile(slides / f"{TCGA}.svs", folder / "b.svs")
+    damaged_copy(slides / f"{SMALL}.svs", folder / "deep" / "c.svs", "zero")
+    return folder
+
+
+OPTIONS = ("--mpp", 1, "--mpp-override", 0.5)
+
+
+@pytest.fixture(scope="module")
+def whole(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "set"
+    assert main(["tile", str(three), "--out", str(out), *map(str, OPTIONS), "--workers", "2"]) == 0
+    assert list(_rows(out)) == ["a", "b", "deep__c"]
+    return out
+
+
+def test_one_worker_or_two_is_the_same_set(three: Path, whole: Path, tmp_path: Path) -> None:
+    assert tile(three, "--out", tmp_path / "set", *OPTIONS) == 0
+    assert content(tmp_path / "set") == content(whole)
+
+
+def test_the_same_command_again_changes_nothing(three: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(whole)
+    assert tile(three, "--out", whole, *OPTIONS) == 0
+    assert "3 there already" in capsys.readouterr().out
+    assert content(whole) == before
+
+
+def _in_one_folder(three: Path, tmp_path: Path) -> Path:
+    for part in ("0/2", "1/2"):
+        assert tile(three, "--out", tmp_path / "set", *OPTIONS, "--shard", part) == 0
+    return tmp_path / "set"
+
+
+def _in_two_folders(three: Path, tmp_path: Path) -> Path:
+    for number in (0, 1):
+        assert tile(three, "--out", tmp_path / f"{number}", *OPTIONS, "--shard", f"{number}/2") == 0
+    assert main(["tile", "--merge", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "set")]) == 0
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("how", [_in_one_folder, _in_two_folders])
+def test_two_shards_are_the_whole(how: Callable[[Path, Path], Path], three: Path, whole: Path, tmp_path: Path) -> None:
+    assert content(how(three, tmp_path)) == content(whole)
+
+
+def test_sets_that_do_not_belong_together_are_not_merged(
+    small_set: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tile", "--merge", str(small_set), str(whole), "--out", str(tmp_path / "set")]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing_and_comes_near(
+    three: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tile(three, "--out", tmp_path / "set", *OPTIONS, "--dry-run") == 0
+    assert not (tmp_path / "set").exists()
+    told = capsys.readouterr().out.splitlines()[-1]
+    tiles, rest = told.split(" tiles, ")
+    size, unit = rest.split(" on disk")[0].split()
+    real = sum(path.stat().st_size for path in (whole / "shards").iterdir())
+    assert int(tiles) == pytest.approx(len(open_set(whole)), rel=0.1)
+    assert float(size) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(real, rel=0.25)
+
+
+def test_inspect_shows_the_set(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    assert main(["tile", "--inspect", str(whole), "--picture", str(tmp_path / "p.png")]) == 0
+    told = capsys.readouterr().out
+    assert f"{len(open_set(whole))} tiles of 224 px at 1.0 um/px" in told
+    assert "deep__c" in told
+    assert "override (3)" in told
+    picture = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    assert picture.shape[1] > 1000
+    assert picture.std() > 20
