@@ -3,16 +3,24 @@
     python benchmarks/loading.py FOLDER [--tiles 4096] [--repeats 5] [--jpeg-quality 90]
 
 The images of FOLDER (224 px and more, cut to 224 in the middle) are encoded as JPEG (4:4:4) and repeated until there
-are enough; the same bytes lie in a tile set and as files in a temporary folder. All read every tile once to uint8 RGB
-arrays of (224, 224, 3), in one thread of this process, from the page cache:
+are enough; the same bytes lie in a tile set and as files in a temporary folder. All read every tile once in one thread
+of this process, from the page cache, shuffled in their own way.
 
-- **bare decode**: simplejpeg, on bytes that are in memory already, in their order: what no loader can beat;
-- **histill**: `TileSet.read` in block-shuffled order (windows of 8 blocks of 64 tiles), asked for in batches of 64;
-- **histill, as trained**: the same in the order of `TileSet.tile_at`, which shuffles a set as small as this as a whole;
-- **ImageFolder + Pillow**: torchvision's ImageFolder with its own loader, shuffled, as `numpy.asarray`;
-- **webdataset**: `WebDataset(shards, shardshuffle=100).shuffle(1000).decode("rgb8")`, on the same shards.
+**As arrays** of uint8 (224, 224, 3), one by one:
 
-Runs are interleaved and the fastest of each counts. Ratios are of CPU time, since the machine may do other work.
+- bare decode: simplejpeg, on bytes that are in memory already, in their order: what no loader can beat;
+- histill: `TileSet.read` in block-shuffled order (windows of 8 blocks of 64 tiles), asked for in batches of 64;
+- ImageFolder + Pillow: torchvision's ImageFolder with its own loader, and `numpy.asarray`;
+- webdataset: `WebDataset(shards, shardshuffle=100).shuffle(1000).decode("rgb8")`, on the same shards.
+
+**As batches** of uint8 tensors (64, 3, 224, 224), as a training loop takes them:
+
+- histill: `histill.tiles.loader.batches` without threads;
+- ImageFolder + Pillow: `DataLoader(ImageFolder(..., PILToTensor()), 64, shuffle=True)`;
+- webdataset: the same with `decode("torchrgb8")` and `batched(64)`.
+
+Runs are interleaved and the fastest of each counts. Ratios are of CPU time, since the machine may do other work. How
+far ImageFolder can be left behind as arrays is the ratio of the two decoders, which both use libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -20,28 +28,31 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+import torch
 import webdataset
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import PILToTensor
 
 from histill.tiles.config import FORMAT
 from histill.tiles.index import TileRow, to_table, write_index
+from histill.tiles.loader import batches
 from histill.tiles.order import block_tile_at
 from histill.tiles.shards import ShardWriter
 from histill.tiles.tile_set import TileSet
 
 TILE_PX, BATCH, SLIDE_TILES, SHARD_BYTES = 224, 64, 512, 8 * 10**6
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-NEEDED = {"bare decode": 0.85, "ImageFolder + Pillow": 1.8, "webdataset": 1.0}
 
 
 def encoded_tiles(folder: Path, count: int, quality: int) -> list[bytes]:
@@ -98,47 +109,56 @@ def write_files(root: Path, tiles: list[bytes]) -> None:
 
 
 Run = Callable[[], int]
-"""Reads all tiles; gives the sum of one pixel of each, so that all are seen to read the same."""
+"""Reads all tiles; gives the sum of one value of each, so that all are seen to read the same."""
 
 
-def first_pixel(image: NDArray[np.uint8]) -> int:
-    assert image.shape == (TILE_PX, TILE_PX, 3)
-    return int(image[100, 100, 1])
-
-
-def runs_of(root: Path, tiles: list[bytes]) -> dict[str, Run]:
-    tile_set = TileSet.open(root / "set")
-    image_folder = ImageFolder(root / "files")
-    shards = sorted(str(path) for path in (root / "set" / "shards").iterdir())
+def arrays(root: Path, tiles: list[bytes]) -> dict[str, Run]:
+    tile_set, image_folder = TileSet.open(root / "set"), ImageFolder(root / "files")
     shuffled = np.random.default_rng(0).permutation(len(tiles)).tolist()
 
-    def bare() -> int:
-        return sum(first_pixel(simplejpeg.decode_jpeg(data, "RGB", strict=True)) for data in tiles)
+    def total(images: Iterable[NDArray[np.uint8]]) -> int:
+        return sum(int(image[100, 100, 1]) for image in images)
 
-    def ours(order: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> Run:
-        def run() -> int:
-            total = 0
-            for first in range(0, len(tiles), BATCH):
-                positions = np.arange(first, min(first + BATCH, len(tiles)))
-                total += sum(first_pixel(tile_set.read(int(index))) for index in order(positions))
-            return total
-
-        return run
-
-    def folder() -> int:
-        return sum(first_pixel(np.asarray(image_folder[index][0])) for index in shuffled)
-
-    def web() -> int:
-        source = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).decode("rgb8").to_tuple("jpg")
-        return sum(first_pixel(image) for (image,) in source)
+    def indices() -> Iterator[int]:
+        for first in range(0, len(tiles), BATCH):
+            positions = np.arange(first, first + BATCH)
+            yield from block_tile_at(positions, len(tiles), 0, block_tiles=64, window_blocks=8).tolist()
 
     return {
-        "bare decode": bare,
-        "histill": ours(lambda positions: block_tile_at(positions, len(tiles), 0, block_tiles=64, window_blocks=8)),
-        "histill, as trained": ours(lambda positions: tile_set.tile_at(positions, 0)),
-        "ImageFolder + Pillow": folder,
-        "webdataset": web,
+        "bare decode": lambda: total(simplejpeg.decode_jpeg(data, "RGB", strict=True) for data in tiles),
+        "histill": lambda: total(tile_set.read(index) for index in indices()),
+        "ImageFolder + Pillow": lambda: total(np.asarray(image_folder[index][0]) for index in shuffled),
+        "webdataset": lambda: total(image for (image,) in web(root).decode("rgb8").to_tuple("jpg")),
     }
+
+
+def batched(root: Path, tiles: list[bytes]) -> dict[str, Run]:
+    tile_set = TileSet.open(root / "set")
+    image_folder = DataLoader(ImageFolder(root / "files", PILToTensor()), BATCH, shuffle=True)
+
+    def total(found: Iterable[torch.Tensor]) -> int:
+        return sum(int(tiles_BCHW[:, 1, 100, 100].sum()) for tiles_BCHW in found)
+
+    def ours() -> int:
+        with closing(batches(tile_set, positions_of_step, 0, len(tiles) // BATCH, 0, workers=0)) as stream:
+            return total(batch.tiles_BCHW for batch in stream)
+
+    return {
+        "histill": ours,
+        "ImageFolder + Pillow": lambda: total(images for images, _ in image_folder),
+        "webdataset": lambda: total(
+            images for (images,) in web(root).decode("torchrgb8").to_tuple("jpg").batched(BATCH)
+        ),
+    }
+
+
+def positions_of_step(step: int) -> NDArray[np.int64]:
+    return np.arange(step * BATCH, (step + 1) * BATCH)
+
+
+def web(root: Path) -> webdataset.WebDataset:
+    shards = sorted(str(path) for path in (root / "set" / "shards").iterdir())
+    return webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000)
 
 
 def main() -> None:
@@ -148,14 +168,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--jpeg-quality", type=int, default=90)
     options = parser.parse_args()
-    tiles = encoded_tiles(options.folder, options.tiles, options.jpeg_quality)
+    torch.set_num_threads(1)
+    tiles = encoded_tiles(options.folder, options.tiles // BATCH * BATCH, options.jpeg_quality)
+    size_kb = sum(map(len, tiles)) / len(tiles) / 1000
+    print(f"{platform.machine()}; {len(tiles)} tiles of {size_kb:.1f} KB; fastest of {options.repeats}, one thread")
     with tempfile.TemporaryDirectory() as folder:
         write_tile_set(Path(folder) / "set", tiles)
         write_files(Path(folder) / "files", tiles)
-        compare(runs_of(Path(folder), tiles), tiles, options.repeats)
+        arrays_needed = {"bare decode": 0.85, "webdataset": 1.0}
+        compare("as arrays", arrays(Path(folder), tiles), len(tiles), options.repeats, arrays_needed)
+        batches_needed = {"ImageFolder + Pillow": 1.8, "webdataset": 1.0}
+        compare("as batches", batched(Path(folder), tiles), len(tiles), options.repeats, batches_needed)
 
 
-def compare(runs: dict[str, Run], tiles: list[bytes], repeats: int) -> None:
+def compare(label: str, runs: dict[str, Run], tiles: int, repeats: int, needed: dict[str, float]) -> None:
     """Interleave the runs and print their rates."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     sums: dict[str, int] = {}
@@ -165,17 +191,15 @@ def compare(runs: dict[str, Run], tiles: list[bytes], repeats: int) -> None:
             sums[name] = run()
             if repeat:  # the first run warms the caches
                 times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    # Pillow's decoder may round otherwise, by 1 or so.
-    assert max(sums.values()) - min(sums.values()) <= 2 * len(tiles), sums
-    size = statistics.mean(map(len, tiles)) / 1000
-    print(f"{platform.machine()}; {len(tiles)} tiles of {size:.1f} KB; fastest of {repeats}, one thread")
-    cpu_ms = {name: 1e3 * min(cpu for _, cpu in found) / len(tiles) for name, found in times.items()}
-    print(f"{'':24}{'tiles/s':>9}{'tiles/CPU s':>13}{'CPU ms':>9}{'histill is':>13}{'needed':>9}")
+    # Two decoders may round otherwise, by 1 or so.
+    assert max(sums.values()) - min(sums.values()) <= 2 * tiles, sums
+    cpu_ms = {name: 1e3 * min(cpu for _, cpu in found) / tiles for name, found in times.items()}
+    print(f"\n{label:24}{'tiles/s':>9}{'tiles/CPU s':>13}{'CPU ms':>9}{'histill is':>13}{'needed':>9}")
     for name, found in times.items():
-        rate = len(tiles) / min(wall for wall, _ in found)
+        rate = tiles / min(wall for wall, _ in found)
         ratio = "" if name == "histill" else f"{cpu_ms[name] / cpu_ms['histill']:.2f} times"
-        needed = f"{NEEDED[name]:.2f}" if name in NEEDED else ""
-        print(f"{name:24}{rate:9.0f}{1e3 / cpu_ms[name]:13.0f}{cpu_ms[name]:9.3f}{ratio:>13}{needed:>9}")
+        least = f"{needed[name]:.2f}" if name in needed else ""
+        print(f"{name:24}{rate:9.0f}{1e3 / cpu_ms[name]:13.0f}{cpu_ms[name]:9.3f}{ratio:>13}{least:>9}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from histill.errors import ConfigError
-from histill.slides.quality import QualityOptions, laplacian_variance, pen_pixels, rejected
+from histill.slides.options import QualityOptions
+from histill.slides.quality import laplacian_variance, pen_pixels, rejected
 
 OPTIONS = QualityOptions()
 NONE = QualityOptions(white_max=1, black_max=1, blur_min=0, pen_max=1)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histill.errors import ConfigError
-from histill.slides.tissue import TissueOptions, otsu_threshold, tissue_mask
+from histill.slides.options import TissueOptions
+from histill.slides.tissue import otsu_threshold, tissue_mask
 
 OPTIONS = TissueOptions()
 GLASS, PINK, PALE, PURPLE = (243, 240, 244), (225, 130, 175), (235, 205, 222), (120, 80, 150)

@@ -28,6 +28,15 @@ def _is_usual(counts: NDArray[np.int64]) -> bool:
     return abs(statistic - (counts.size - 1)) < 6 * np.sqrt(2 * (counts.size - 1))
 
 
+def test_the_plain_shuffle_and_its_hash_are_what_they_were_when_runs_began_to_depend_on_them() -> None:
+    positions = np.array([0, 1, 2, 999, 1000, 10**12])
+    assert order.tile_at(positions, 1000, 7).tolist() == [826, 361, 713, 893, 510, 544]
+    assert order.tile_at(np.arange(5), 5, 2**62).tolist() == [4, 1, 0, 3, 2]
+    assert order.tile_at(np.array([0, 10**9]), 43_374_634, 1).tolist() == [11_686_091, 14_255_798]
+    assert int(order.mix(1, 2, 3)) == 0x27D1DADE99DDF6A4
+    assert order.uniforms(3, 1, np.array([5]), 2).tolist() == [[0.00466430096206516, 0.7651985269456925]]
+
+
 # ------------------------------------------------------------------ block shuffle
 
 

@@ -180,7 +180,7 @@ class DistillConfig:
     student: str = "h0-mini"
     """A name from `histill models --students`."""
     tiles: Path | None = None
-    """A tile set of `histill tile`, or a folder of tile images at any depth."""
+    """A tile set of `histill tile`, a folder of tile images at any depth, or slides (read online: slower)."""
     table: Path | None = None
     """CSV with a column `path`: take only these tiles of a folder of images."""
     sampling: Literal["uniform", "slide-balanced"] = "uniform"

@@ -101,6 +101,7 @@ def build(config: DistillConfig, statistics: Path, *, fresh: bool = True) -> Par
         hold_out=held_out,
         sampling=config.sampling,
         hold_out_slides=config.hold_out_slides,
+        index_folder=statistics.parent / "slides-index",
     )
     encoder = load_encoder(config.teacher, device=device)
     student_model, init = _student_model(config, encoder)

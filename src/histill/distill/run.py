@@ -23,6 +23,7 @@ from histill.errors import RunError
 from histill.models import STUDENTS
 from histill.models.bundle import teacher_record, write_bundle
 from histill.models.card import licence_notice
+from histill.tiles.online import OnlineTiles, online_notice
 
 __all__ = ["distill"]
 
@@ -101,6 +102,8 @@ class _Run:
         notice = licence_notice(teacher_record(self.parts.teacher.encoder))
         if notice:
             console.print(f"[bold yellow]{notice}[/]")
+        if isinstance(self.parts.source, OnlineTiles):
+            console.print(f"[bold yellow]{online_notice(self.parts.source)}[/]")
         for note in self.parts.checker.notes():
             console.print(f"note: {note}", highlight=False)
         self.baseline: dict[str, Any] = {}

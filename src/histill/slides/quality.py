@@ -5,15 +5,14 @@ Shapes: H and W of a tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histill.errors import ConfigError
+from histill.slides.options import QualityOptions
 
-__all__ = ["Fault", "QualityOptions", "laplacian_variance", "pen_pixels", "rejected"]
+__all__ = ["Fault", "laplacian_variance", "pen_pixels", "rejected"]
 
 Fault = Literal["white", "black", "blur", "pen"]
 
@@ -21,34 +20,6 @@ _WHITE = 215  # every channel at least this: glass (down to 222 on the scanners 
 _BLACK = 60  # every channel below this: borders, black marker; hematoxylin stays above in its blue
 _BLUR_MPP = 0.5  # sharpness is judged at about this scale, whatever the tiles' own
 _COLOUR_STRIDE = 2  # shares of white, black and ink are counted on every second pixel of every second row
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityOptions:
-    """Which tiles are left out although there is tissue. The defaults keep every real tile that they were tried on."""
-
-    white_max: float = 0.97
-    """Share of a tile's pixels that may be near white (glass, holes, fat); 1: off."""
-    black_max: float = 0.5
-    """Share of a tile's pixels that may be near black (borders of a scan, black marker); 1: off."""
-    blur_min: float = 25.0
-    """Least variance of the Laplacian of grey (0 to 255), judged at about 0.5 um/px; 0: off. Sharp tissue has 100 to
-    4,000, the same blurred by a sigma of 1.5 um has 0.3 to 12."""
-    pen_max: float = 0.25
-    """Share of a tile's pixels that may have the colour of blue, green or red marker ink; 1: off. Switch it off for
-    stains that are blue or green themselves (trichrome, alcian blue)."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("white_max", "black_max", "pen_max"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    "a share lies between 0 and 1", where=f"quality.{name}", got=getattr(self, name), allowed="0 to 1"
-                )
-        if not 0 <= self.blur_min < float("inf"):
-            raise ConfigError(
-                "a variance is not negative", where="quality.blur_min", got=self.blur_min, allowed="0 or more"
-            )
 
 
 def pen_pixels(image_HW3: NDArray[np.uint8]) -> NDArray[np.bool_]:

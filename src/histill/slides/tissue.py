@@ -5,60 +5,18 @@ Shapes: H and W of the small picture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from histill.errors import ConfigError
+from histill.slides.options import TissueOptions
 from histill.slides.quality import pen_pixels
 
-__all__ = ["TissueOptions", "otsu_threshold", "tissue_mask"]
+__all__ = ["otsu_threshold", "tissue_mask"]
 
 _BLACK = 40  # a pixel whose every channel is below this has no colour: borders of a scan, black marker
 _SMOOTH_PX = 3  # side of the square over which the picture is averaged first: grains of dust and of JPEG
 _LEVELS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TissueOptions:
-    """How tissue is told from glass."""
-
-    mpp: float = 8.0
-    """Scale of the mask, microns per mask pixel."""
-    saturation_floor: float = 0.05
-    """Saturation (HSV, 0 to 1) that tissue has at least: Otsu's threshold is not let below it, so that a slide with
-    glass alone has no tissue. Glass has up to 0.04 on the scanners that were looked at."""
-    saturation_ceiling: float = 0.1
-    """Saturation from which a pixel is tissue in any case: Otsu's threshold is not let above it, so that a slide that
-    is all tissue is not cut into pale and strong. Stained tissue has 0.12 and more at 8 um/px."""
-    closing_um: float = 24.0
-    """Gaps up to about twice this width are closed, microns."""
-    piece_min_um2: float = 20_000.0
-    """Smaller pieces are dust, square microns (a tile of 224 px at 0.5 um/px covers 12,544)."""
-    hole_min_um2: float = 40_000.0
-    """Smaller holes belong to the tissue, square microns."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not 0 < self.mpp < float("inf"):
-            raise ConfigError("a scale is positive", where="tissue.mpp", got=self.mpp, allowed="above 0, as 8")
-        if not 0 <= self.saturation_floor <= self.saturation_ceiling <= 1:
-            raise ConfigError(
-                "the limits of Otsu's threshold are not in order",
-                where="tissue.saturation_floor, tissue.saturation_ceiling",
-                got=f"{self.saturation_floor}, {self.saturation_ceiling}",
-                allowed="0 <= floor <= ceiling <= 1",
-            )
-        for name in ("closing_um", "piece_min_um2", "hole_min_um2"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(
-                    "a length or an area is not negative",
-                    where=f"tissue.{name}",
-                    got=getattr(self, name),
-                    allowed="0 or more",
-                )
 
 
 def otsu_threshold(counts_K: NDArray[np.int64]) -> int:

@@ -17,10 +17,13 @@ _DESCRIPTION = """Cut slides into a tile set that training streams from: shards 
 index. The same command again does only what is missing. Exit status: 0 all slides done, 2 some slides failed
 (slides.csv says why), 1 nothing could be done.
 
-histill tile SLIDES... --out SET            make or complete a set
-histill tile SLIDES... --out SET --dry-run  tiles, size and time to expect
-histill tile --inspect SET                  what a set holds
-histill tile --merge SET SET --out SET      put parts of a job array together"""
+histill tile SLIDES... --out SET: make or complete a set
+
+histill tile SLIDES... --dry-run: tiles, size and time to expect
+
+histill tile --inspect SET: what a set holds
+
+histill tile --merge SET SET --out SET: put parts of a job array together"""
 
 _SOME_FAILED = 2
 

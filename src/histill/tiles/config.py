@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from histill import config as configs
 from histill.errors import ConfigError
-from histill.slides.quality import QualityOptions
-from histill.slides.tissue import TissueOptions
+from histill.slides.options import QualityOptions, TissueOptions
 
 __all__ = ["FORMAT", "TileConfig"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from histill import files
-from histill.errors import RunError, nearest
+from histill.errors import DataError, RunError, nearest
 from histill.tiles.config import FORMAT
 
 __all__ = ["SetFolder", "SlideRecord", "SlideStatus"]
@@ -186,25 +186,29 @@ class SetFolder:
 
         Raises
         ------
-        RunError
+        DataError
             The folder is not a tile set, or one of another version.
         """
         path = self.root / "tileset.json"
         try:
             there = files.read_json(path)
         except FileNotFoundError:
-            known = [entry.name for entry in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
-            raise RunError(
+            beside = [entry.name for entry in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
+            near = None if self.root.is_dir() else nearest(self.root.name, beside)
+            raise DataError(
                 "this is not a tile set",
                 where=self.root,
                 got="no tileset.json in it" if self.root.is_dir() else "no such folder",
-                remedy=nearest(self.root.name, known) if not self.root.is_dir() else "make one with histill tile",
+                remedy=near or "make one with histill tile",
             ) from None
-        except ValueError as error:
-            raise RunError("this tile set's settings are damaged", where=path, got=error) from None
+        except (ValueError, OSError) as error:
+            raise DataError("this tile set's settings cannot be read", where=path, got=error) from None
         if not isinstance(there, dict) or there.get("format") != FORMAT:
             got = there.get("format") if isinstance(there, dict) else type(there).__name__
-            raise RunError("a tile set of another version", where=path, got=got, allowed=f"format {FORMAT}")
+            raise DataError("a tile set of another version", where=path, got=got, allowed=f"format {FORMAT}")
+        missing = [name for name in ("tile_px", "mpp", "codec") if name not in there]
+        if missing:
+            raise DataError("this tile set's settings lack an entry", where=path, got=f"no {missing[0]}")
         return there
 
     def write_tables(self, records: Sequence[SlideRecord]) -> None:

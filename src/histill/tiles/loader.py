@@ -35,23 +35,34 @@ class Batch:
 
 
 def _read_batch(source: TileSource, positions_B: NDArray[np.int64], seed: int) -> Batch:
-    tiles, positions, unreadable = [], [], {}
-    for position, index in zip(positions_B, source.tile_at(positions_B, seed), strict=True):
+    # Each tile goes into its place while it is still in the processor's cache.
+    tiles_BCHW = np.zeros((len(positions_B), 3, 0, 0), dtype=np.uint8)
+    sizes: list[tuple[int, int]] = []
+    positions: list[int] = []
+    unreadable: dict[str, str] = {}
+    for position, index in zip(positions_B.tolist(), source.tile_at(positions_B, seed).tolist(), strict=True):
         try:
-            tiles.append(source.read(int(index)))
-            positions.append(position)
+            tile_HWC = source.read(index)
         except UnreadableTileError as error:
-            unreadable[source.name(int(index))] = str(error).replace("\n", "; ")
-    height, width = (max((tile.shape[axis] for tile in tiles), default=0) for axis in (0, 1))
-    batch_BHWC = np.zeros((len(tiles), height, width, 3), dtype=np.uint8)
-    for place, tile in zip(batch_BHWC, tiles, strict=True):
-        place[: tile.shape[0], : tile.shape[1]] = tile
+            unreadable[source.name(index)] = str(error).replace("\n", "; ")
+            continue
+        height, width = tile_HWC.shape[:2]
+        tiles_BCHW = _with_room(tiles_BCHW, height, width)
+        tiles_BCHW[len(sizes), :, :height, :width] = tile_HWC.transpose(2, 0, 1)
+        sizes.append((height, width))
+        positions.append(position)
     return Batch(
-        tiles_BCHW=torch.from_numpy(batch_BHWC).permute(0, 3, 1, 2).contiguous(),
-        sizes_B2=np.array([tile.shape[:2] for tile in tiles], dtype=np.int64).reshape(-1, 2),
+        tiles_BCHW=torch.from_numpy(tiles_BCHW[: len(sizes)]),
+        sizes_B2=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         positions_B=np.array(positions, dtype=np.int64),
         unreadable=unreadable,
     )
+
+
+def _with_room(tiles_BCHW: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """The same batch, if need be padded at the right and bottom so that a tile of this size fits."""
+    more = max(0, height - tiles_BCHW.shape[2]), max(0, width - tiles_BCHW.shape[3])
+    return np.pad(tiles_BCHW, ((0, 0), (0, 0), (0, more[0]), (0, more[1]))) if any(more) else tiles_BCHW
 
 
 def batches(

@@ -15,6 +15,8 @@ __all__ = ["BrokenProcessPool", "InProcess", "Pool", "Workers", "cores"]
 
 T = TypeVar("T")
 
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
 
 class Workers(Protocol):
     """Whoever runs a task: other processes, or this one."""
@@ -56,7 +58,7 @@ class Pool:
 
     def _start(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.count, mp_context=context, initializer=_follow_parent)
+        return ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin)
 
     def submit(self, task: Callable[..., T], /, *arguments: Any) -> Future[T]:
         """Start a task in one of the processes."""
@@ -73,8 +75,14 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _follow_parent() -> None:
-    """End this process when its parent is gone: after kill -9 the pool's own pipes would keep it waiting for ever."""
+def _begin() -> None:
+    """Make a worker of this process, before it imports NumPy.
+
+    One thread: there is a process for each core already, and threads of a matrix product that wait for each other
+    tripled the CPU time. And it ends when its parent is gone: after kill -9 the pool's own pipes would keep it waiting
+    for ever.
+    """
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()

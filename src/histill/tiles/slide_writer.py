@@ -98,6 +98,7 @@ def failed(job: SlideJob, folder: SetFolder, work: Path, error: str, seconds: fl
     record = SlideRecord(
         slide=job.id, path=str(job.path), patient=job.patient, status="failed", error=error, seconds=round(seconds, 2)
     )
+    folder.rows(job.id).unlink(missing_ok=True)  # of an earlier run, whose record somebody deleted
     _commit(folder, work, record)
     return record
 

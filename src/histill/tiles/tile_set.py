@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from histill.errors import DataError, nearest
 from histill.files import read_json
-from histill.tiles.config import FORMAT
+from histill.tiles.folder import SetFolder
 from histill.tiles.images import UnreadableTileError, decode
 from histill.tiles.index import Index, parts_digest
 from histill.tiles.order import balanced_tile_at, block_tile_at
@@ -107,7 +107,7 @@ class TileSelection:
             When it is not a tile set, its index is missing or older than its parts, a slide to hold out is unknown,
             or no tile is left.
         """
-        settings = _read_settings(folder)
+        settings = SetFolder(folder).settings()
         index = Index.open(folder / "index.parquet")
         _check_index(folder, index, settings)
         left_out = set(hold_out_slides)
@@ -259,25 +259,6 @@ class TileSet:
     def tile_at(self, positions_B: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
         """Which tile stands at each position of the endless stream, int64 (B,)."""
         return self.selection.tile_at(positions_B, seed)
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tileset.json"
-    if not path.is_file():
-        got = "no such folder" if not folder.exists() else "no tileset.json in it"
-        raise DataError("this is not a tile set", where=folder, got=got, remedy="make one with `histill tile`")
-    try:
-        settings = read_json(path)
-    except (ValueError, OSError) as error:
-        raise DataError("a tile set's settings cannot be read", where=path, got=error, remedy=_AGAIN) from None
-    version = settings.get("format") if isinstance(settings, dict) else None
-    if version != FORMAT:
-        remedy = "make the set with this version of histill"
-        raise DataError("a tile set of another version", where=path, got=version, allowed=FORMAT, remedy=remedy)
-    missing = [name for name in ("tile_px", "mpp", "codec") if name not in settings]
-    if missing:
-        raise DataError("a tile set's settings lack an entry", where=path, got=f"no {missing[0]}", remedy=_AGAIN)
-    return dict(settings)
 
 
 def _check_index(folder: Path, index: Index, settings: Mapping[str, Any]) -> None:
