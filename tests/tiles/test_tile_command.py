@@ -187,7 +187,7 @@ def test_a_slide_without_a_scale_is_refused_with_the_remedy(
     assert "--mpp-override" in row["error"]
     assert "--mpp-override" in capsys.readouterr().err
     overrides = tmp_path / "mpp.csv"
-    overrides.write_text(f"slide,mpp\n{TCGA},0.5\n")
+    overrides.write_text(f"slide,mpp\nanother,0.25\n{TCGA}.svs,0.5\n")
     assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set", "--mpp-override", overrides) == 0
     row = _rows(tmp_path / "set")[TCGA]
     assert (row["status"], row["mpp"], row["mpp_source"]) == ("done", "0.5", "override")
@@ -250,6 +250,7 @@ def test_a_damaged_block_is_counted_and_named(how: str, name: str, slides: Path,
         (["--out", "SET"], "no slides are given"),
         (["SLIDE"], "--out"),
         (["SLIDE", "--out", "SET", "--mpp-override", "missing.csv"], "missing.csv"),
+        (["SLIDE", "--out", "SET", "--mpp-override", "OTHERS"], "no slide of this table"),
         (["nowhere.svs", "--out", "SET"], "nowhere.svs"),
         (["--inspect", "nowhere"], "not a tile set"),
     ],
@@ -257,7 +258,8 @@ def test_a_damaged_block_is_counted_and_named(how: str, name: str, slides: Path,
 def test_a_wrong_command_line(
     argv: list[str], told: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"SLIDE": str(slides / f"{SMALL}.svs"), "SET": str(tmp_path / "set")}
+    names = {"SLIDE": str(slides / f"{SMALL}.svs"), "SET": str(tmp_path / "set"), "OTHERS": str(tmp_path / "o.csv")}
+    (tmp_path / "o.csv").write_text("slide,mpp\nCMU-2,0.5\n")
     assert main(["tile", *(names.get(word, word) for word in argv)]) == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
@@ -374,3 +376,41 @@ def test_inspect_shows_the_set(whole: Path, tmp_path: Path, capsys: pytest.Captu
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
     assert picture.shape[1] > 1000
     assert picture.std() > 20
+
+
+# ------------------------------------------------------------------ the scale
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.265])
+def test_a_printed_ruler_has_the_right_length(mpp: float, tmp_path: Path) -> None:
+    """Lines every 50 um, cut at 0.5 um/px: 100 px apart within a tile, and where they should be in every tile."""
+    from histill.synthetic.slides import write_ruler_slide
+
+    slide = tmp_path / "ruler.svs"
+    write_ruler_slide(slide, mpp=mpp, width_px=4000, height_px=3000, period_um=50)
+    off = ("--quality.white-max", 1, "--quality.blur-min", 0)
+    assert tile(slide, "--out", tmp_path / "set", "--lossless", "--tissue-min", 0.9, *off) == 0
+    source, table = open_set(tmp_path / "set"), pq.read_table(tmp_path / "set" / "index.parquet").to_pylist()
+    assert len(table) > 20
+    for index, row in enumerate(table):
+        tile_HWC = source.read(index).astype(float)
+        for axis, start in ((0, row["x"]), (1, row["y"])):
+            lines = _dark_lines(255 - tile_HWC.mean(axis=(axis, 2)))
+            wanted = np.arange(np.ceil(start * mpp / 50), 20 * 4000 * mpp) * 50  # um from the slide's edge
+            wanted = (wanted - start * mpp) / 0.5
+            wanted = wanted[(wanted > 3) & (wanted < 221)]
+            assert len(lines) == len(wanted)
+            assert np.abs(lines - wanted).max() < 0.25  # pixels
+            if len(lines) > 1:
+                assert np.diff(lines) == pytest.approx(100, rel=0.01)
+
+
+def _dark_lines(profile: np.ndarray) -> np.ndarray:
+    """Centres of gravity of the peaks, 3 px or more from the ends; the middle of pixel i lies at i + 0.5."""
+    above = np.clip(profile - (np.median(profile) + 20), 0, None)
+    edges = np.flatnonzero(np.diff((above > 0).astype(int), prepend=0, append=0)).reshape(-1, 2)
+    centres = [
+        float((above[first:last] * (np.arange(first, last) + 0.5)).sum() / above[first:last].sum())
+        for first, last in edges
+    ]
+    return np.array([centre for centre in centres if 3 < centre < len(profile) - 3])

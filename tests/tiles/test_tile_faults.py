@@ -237,7 +237,20 @@ def test_a_worker_that_is_killed_costs_nothing(four: Path, whole: Path, tmp_path
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_set(four: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    command = [sys.executable, "-m", "histill", "tile", str(four), "--out", str(out), *OPTIONS, "--ray", "local"]
+    command = [
+        sys.executable,
+        "-m",
+        "histill",
+        "tile",
+        str(four),
+        "--out",
+        str(out),
+        *OPTIONS,
+        "--ray",
+        "local",
+        "--workers",
+        "2",
+    ]
     assert subprocess.run(command, check=False).returncode == 0
     assert _content(out) == _content(whole)
 
@@ -245,7 +258,20 @@ def test_a_ray_cluster_gives_the_same_set(four: Path, whole: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_a_ray_worker_that_is_killed_midway(four: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    command = [sys.executable, "-m", "histill", "tile", str(four), "--out", str(out), *OPTIONS, "--ray", "local"]
+    command = [
+        sys.executable,
+        "-m",
+        "histill",
+        "tile",
+        str(four),
+        "--out",
+        str(out),
+        *OPTIONS,
+        "--ray",
+        "local",
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(command)
     _until(process, lambda: bool(list(out.glob(".work/*/.tmp-*"))))
     workers = [

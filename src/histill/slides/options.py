@@ -25,8 +25,8 @@ class TissueOptions:
     """Gaps up to about twice this width are closed, microns."""
     piece_min_um2: float = 20_000.0
     """Smaller pieces are dust, square microns (a tile of 224 px at 0.5 um/px covers 12,544)."""
-    hole_min_um2: float = 40_000.0
-    """Smaller holes belong to the tissue, square microns."""
+    hole_min_um2: float = 10_000.0
+    """Smaller holes belong to the tissue, square microns (larger ones would let tiles of glass count as tissue)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -32,13 +32,17 @@ def _one_slide(job: SlideJob, folder: SetFolder) -> SlideRecord | None:
         return tile_slide(job, folder, work, InProcess(), lambda found, done: None)
 
 
-def tile_on_ray(address: str, todo: Sequence[SlideJob], folder: SetFolder, outcome: Outcome, console: Console) -> None:
+def tile_on_ray(
+    address: str, workers: int, todo: Sequence[SlideJob], folder: SetFolder, outcome: Outcome, console: Console
+) -> None:
     """Cut slides as tasks of a Ray cluster; all its nodes must see the slides and the set under the same paths.
 
     Parameters
     ----------
     address
         Of the cluster, as ``ray.init`` takes it (``auto``, ``ray://host:10001``); ``local`` starts one here.
+    workers
+        Processes of a local cluster; 0: one a core. A cluster that is there has its own number.
     todo
         The slides.
     folder
@@ -61,7 +65,8 @@ def tile_on_ray(address: str, todo: Sequence[SlideJob], folder: SetFolder, outco
         remedy = "pip install 'histill[cluster]'"
         raise MissingExtraError("Ray is not installed", where="--ray", remedy=remedy) from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        num_cpus = workers if address == "local" and workers else None
+        ray.init(address=address, num_cpus=num_cpus, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:
         raise RunError("the Ray cluster cannot be reached", where=f"--ray {address}", got=error) from None
     try:

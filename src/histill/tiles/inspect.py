@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from histill.tiles.tile_set import TileSource
 __all__ = ["inspect_set"]
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE_PX = 10, 5, 112
-_LISTED = 25
+_LISTED, _NAME_WIDTH = 25, 20
 _FATES = ("tiles", "white", "black", "blur", "pen", "unreadable")
 _COLOURS = ("#2a7f62", "#d9d9d9", "#333333", "#9ecae1", "#7b3294", "#c0392b")
 _SEED = 0x5EE
@@ -40,13 +40,16 @@ def inspect_set(root: Path, picture: Path | None) -> None:
     Raises
     ------
     DataError, RunError
-        The folder is not a tile set, or holds no tile.
+        The folder is not a tile set, or holds no slide yet.
     """
     folder = SetFolder(root)
     settings, records = folder.settings(), folder.records()
     if not records:
         raise DataError("this tile set holds no slide yet", where=root, remedy="run histill tile again")
     _print(settings, records)
+    if not any(record.tiles for record in records):
+        print("no tiles, and so no picture")
+        return
     target = picture or root.resolve().with_name(f"{root.resolve().name}-inspect.png")
     _draw(root, settings, records, target)
     print(f"picture: {target}")
@@ -68,14 +71,12 @@ def _print(settings: dict[str, Any], records: Sequence[SlideRecord]) -> None:
     fates = {fate: sum(getattr(record, fate) for record in done) for fate in _FATES[1:]}
     print("left out: " + ", ".join(f"{number} {fate}" for fate, number in fates.items()))
     table = Table(box=None, padding=(0, 1))
-    for name in ("slide", "mpp", "from", "grid", "tissue", "tiles", "filtered", "unreadable"):
-        left = name in ("slide", "from")
-        table.add_column(
-            name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis" if left else "fold"
-        )
+    for name in ("slide", "um/px", "from", "grid", "tissue", "tiles", "filtered", "damaged"):
+        justify: Literal["left", "right"] = "left" if name in ("slide", "from") else "right"
+        table.add_column(name, justify=justify, no_wrap=True, max_width=_NAME_WIDTH if name == "slide" else None)
     for record in records[:_LISTED]:
         if record.status == "failed":
-            table.add_row(record.slide, "[red]failed[/]", (record.error or "").splitlines()[0])
+            table.add_row(record.slide, "", "[red]failed[/]")
         else:
             filtered = record.white + record.black + record.blur + record.pen
             numbers = (record.grid_tiles, record.tissue_tiles, record.tiles, filtered, record.unreadable)
@@ -108,7 +109,9 @@ def _draw(root: Path, settings: dict[str, Any], records: Sequence[SlideRecord], 
         sizes.set(title="size of a tile", xlabel="kB", ylabel="tiles")
     else:
         sizes.set_axis_off()
-    scales.hist([record.mpp for record in done if record.mpp], bins=20, color="#4a6fa5")
+    known = [record.mpp for record in done if record.mpp]
+    ends = min([*known, settings["mpp"]]), max([*known, settings["mpp"]])
+    scales.hist(known, bins=30, range=(0.9 * ends[0], 1.1 * ends[1]), color="#4a6fa5")
     scales.axvline(settings["mpp"], color=_COLOURS[-1])
     scales.set(title=f"scale of the slides (red: the tiles, {settings['mpp']})", xlabel="um/px", ylabel="slides")
     chosen = np.random.default_rng(_SEED).choice(len(source), min(len(source), _SHEET_COLUMNS * _SHEET_ROWS), False)

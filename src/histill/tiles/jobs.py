@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from histill.errors import ConfigError, RunError, nearest
-from histill.slides.find import find_slides
+from histill.slides.find import SlideFile, find_slides
 from histill.slides.scale import read_overrides
 from histill.tiles.config import TileConfig
 from histill.tiles.cutting import SlideJob, mask_name
@@ -27,8 +29,9 @@ def jobs_of(config: TileConfig) -> list[SlideJob]:
     """
     found = find_slides(config.slides)
     ids = [slide.id for slide in found]
-    overrides, everywhere = _overrides(config, ids)
-    patients = _patients(config.patients, ids)
+    ids_by_name = _ids_by_name(found)
+    overrides, everywhere = _overrides(config, ids_by_name)
+    patients = _patients(config.patients, ids_by_name)
     masks = _masks(config.masks, ids)
     number, count = config.shard_of()
     return [
@@ -44,7 +47,14 @@ def jobs_of(config: TileConfig) -> list[SlideJob]:
     ]
 
 
-def _overrides(config: TileConfig, ids: list[str]) -> tuple[dict[str, float], float | None]:
+def _ids_by_name(found: Sequence[SlideFile]) -> dict[str, str]:
+    """What a table may call a slide -> its id: the id itself, or the file's name where only one slide has it."""
+    names = Counter(slide.path.name for slide in found)
+    by_file = {slide.path.name: slide.id for slide in found if names[slide.path.name] == 1}
+    return by_file | {slide.id: slide.id for slide in found}
+
+
+def _overrides(config: TileConfig, ids_by_name: dict[str, str]) -> tuple[dict[str, float], float | None]:
     """Slide -> mpp, and the mpp of all slides."""
     told = config.mpp_override
     if told is None:
@@ -54,11 +64,11 @@ def _overrides(config: TileConfig, ids: list[str]) -> tuple[dict[str, float], fl
     except ValueError:
         pass
     overrides = read_overrides(Path(told))
-    _refuse_strangers(list(overrides), ids, f"--mpp-override {told}")
-    return overrides, None
+    _refuse_strangers(list(overrides), ids_by_name, f"--mpp-override {told}")
+    return {ids_by_name[name]: mpp for name, mpp in overrides.items() if name in ids_by_name}, None
 
 
-def _patients(table: Path | None, ids: list[str]) -> dict[str, str]:
+def _patients(table: Path | None, ids_by_name: dict[str, str]) -> dict[str, str]:
     if table is None:
         return {}
     rows = read_table(table, ["slide", "patient"])
@@ -66,8 +76,8 @@ def _patients(table: Path | None, ids: list[str]) -> dict[str, str]:
     for row in rows:
         if patients.setdefault(row["slide"], row["patient"]) != row["patient"]:
             raise ConfigError("a slide has two patients", where=table, got=row["slide"])
-    _refuse_strangers(list(patients), ids, f"--patients {table}")
-    return patients
+    _refuse_strangers(list(patients), ids_by_name, f"--patients {table}")
+    return {ids_by_name[name]: patient for name, patient in patients.items() if name in ids_by_name}
 
 
 def _masks(folder: Path | None, ids: list[str]) -> dict[str, Path]:
@@ -96,10 +106,11 @@ def _masks(folder: Path | None, ids: list[str]) -> dict[str, Path]:
     return masks
 
 
-def _refuse_strangers(named: list[str], ids: list[str], where: str) -> None:
-    """A misspelt slide in a table would silently leave the right one without its value."""
-    strangers = [name for name in named if name not in set(ids)]
-    if strangers and not set(named) & set(ids):
+def _refuse_strangers(named: list[str], ids_by_name: dict[str, str], where: str) -> None:
+    """A table may be of a whole collection; one that names none of the slides is the wrong one, or misspelt."""
+    strangers = [name for name in named if name not in ids_by_name]
+    if strangers and len(strangers) == len(named):
+        ids = sorted(set(ids_by_name.values()))
         raise ConfigError(
             "no slide of this table is among the given ones",
             where=where,

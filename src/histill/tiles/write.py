@@ -73,7 +73,7 @@ def write_tiles(config: TileConfig, console: Console) -> Outcome:
         if config.ray is not None:
             from histill.tiles.cluster import tile_on_ray
 
-            tile_on_ray(config.ray, todo, folder, outcome, console)
+            tile_on_ray(config.ray, config.workers, todo, folder, outcome, console)
         elif todo:
             _tile_here(config, todo, folder, outcome, console)
     finally:
