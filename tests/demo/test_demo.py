@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import base64
+import csv
 import dataclasses
+import functools
 import importlib.resources
 import io
 import json
 import re
 import shlex
 import shutil
-import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -22,37 +24,26 @@ from safetensors import safe_open
 from histill import config as configs
 from histill import files
 from histill.cli import main
-from histill.demo import command
+from histill.demo import command, measure, prepare
 from histill.demo import run as demo_run
 from histill.demo.config import DemoConfig
 from histill.demo.run import TEACHER, demo, distill_config
 from histill.distill import PRESETS, DistillConfig
 from histill.errors import ConfigError, RunError
 from histill.models import load_encoder, read_bundle
-from histill.synthetic import KINDS
+from histill.tiles.config import TileConfig
 
 LIMIT_BYTES = 2_000_000
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
-def _no_network(*_: object) -> None:
-    raise AssertionError("the demo must not use the network")
-
-
 def _tiny(out: Path, **changed: Any) -> DemoConfig:
-    return dataclasses.replace(DemoConfig(out=out, minutes=0.02, tiles=96), **changed)
+    return dataclasses.replace(DemoConfig(out=out, minutes=0.02, slides=6), **changed)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo of a few steps, made without a network."""
-    out = tmp_path_factory.mktemp("demo") / "new"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", _no_network)
-        patch.setattr(socket, "getaddrinfo", _no_network)
-        report = demo(_tiny(out), console=Console(quiet=True))
-    assert report == out / "report.html"
-    return out
+def _rows(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +75,7 @@ def test_the_summary_holds_what_was_promised(facts: dict[str, Any]) -> None:
     }
     assert set(facts["versions"]) >= {"histill", "python", "torch", "timm"}
     assert set(facts["scores"]) == {"teacher", "student", "untrained"}
-    assert facts["config"]["demo"]["tiles"] == 96
+    assert facts["config"]["demo"]["slides"] == 6
     assert configs.from_dict(DistillConfig, facts["config"]["distill"]).student == "vit-nano"
     assert facts["seconds"]["total"] >= sum(value for name, value in facts["seconds"].items() if name != "total") - 0.5
 
@@ -122,9 +113,28 @@ def test_checks_of_training_end_with_the_final_scores(finished: Path, facts: dic
     assert last["scores"] == run["student"] == facts["scores"]["student"]
 
 
-def test_paired_fields_and_test_slides_are_kept_out_of_training(facts: dict[str, Any]) -> None:
-    assert facts["training"]["plan"]["tiles"] == 64
-    assert facts["training"]["plan"]["tiles_held_out"] == 32
+def test_paired_and_test_slides_are_kept_out_of_training(finished: Path, facts: dict[str, Any]) -> None:
+    split = {row["slide"]: row["split"] for row in _rows(finished / "slides" / "labels.csv")}
+    tiles = {row["slide"]: int(row["tiles"]) for row in _rows(finished / "tiles" / "slides.csv")}
+    assert set(facts["config"]["distill"]["hold_out_slides"]) == {name for name in split if split[name] != "train"}
+    assert facts["training"]["plan"]["tiles"] == sum(tiles[name] for name in split if split[name] == "train")
+    assert facts["training"]["plan"]["tiles_held_out"] == sum(tiles[name] for name in split if split[name] != "train")
+
+
+def test_the_counts_are_those_of_the_files(finished: Path, facts: dict[str, Any]) -> None:
+    data, cut = facts["data"], _rows(finished / "tiles" / "slides.csv")
+    labels, pairs = (_rows(finished / "checks" / name) for name in ("labels.csv", "paired.csv"))
+    assert len(list((finished / "slides").glob("*.svs"))) == len(cut) == data["slides"] + data["paired_slides"] == 6 + 4
+    assert (data["slides"], data["test_slides"], data["paired_sections"]) == (6, 2, 1)
+    assert data["tiles"] == sum(int(row["tiles"]) for row in cut)
+    assert data["grid_tiles"] == 10 * 12 * 12
+    left_out = data["without_tissue"] + sum(data["filtered"].values()) + data["unreadable"]
+    assert data["tiles"] == data["grid_tiles"] - left_out
+    assert data["labelled_tiles"] == len(labels) > 100
+    assert data["paired_fields"] * 4 == len(pairs) > 40 * 4
+    for split, counts in data["labels"].items():
+        for kind, number in counts.items():
+            assert number == sum((row["split"], row["label"]) == (split, kind) for row in labels)
 
 
 # ------------------------------------------------------------------ report.html
@@ -176,14 +186,15 @@ def test_the_report_is_one_file_that_loads_nothing(finished: Path, page: Page) -
     assert not re.search(r"url\(|@import|https?://", text)
 
 
-def test_every_picture_is_there_and_described(page: Page) -> None:
-    per_class, looks, neighbours, tokens = 8 * 4, 4, 4 * (1 + 5 + 5), 4 * 2 * 3
-    assert len(page.images) == per_class + looks + neighbours + tokens
+def test_every_picture_is_there_and_described(finished: Path, page: Page) -> None:
+    shown = {(row["label"], row["slide"]) for row in _rows(finished / "checks" / "labels.csv")}  # a tile of each
+    slides, looks, neighbours, tokens = 4, 4, 4 * (1 + 5 + 5), 4 * 2 * 3
+    assert len(page.images) == slides + len(shown) + looks + neighbours + tokens
     for image in page.images:
         assert image["alt"]
         with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as decoded:
             pixels = np.asarray(decoded)
-        assert pixels.shape in ((128, 128, 3), (224, 224, 3), (16, 16, 3))
+        assert pixels.shape in ((512, 512, 3), (128, 128, 3), (224, 224, 3), (16, 16, 3))
         assert pixels.std() > 2, "not blank"
 
 
@@ -203,6 +214,37 @@ def test_the_page_says_the_numbers_of_the_summary(page: Page, facts: dict[str, A
     assert not re.search(r"\bnan\b", text)
 
 
+def test_the_page_begins_with_the_slides_under_all_looks(finished: Path, page: Page, facts: dict[str, Any]) -> None:
+    data, text = facts["data"], " ".join(" ".join(page.text).split())
+    kept = {row["slide"]: row["tiles"] for row in _rows(finished / "tiles" / "slides.csv")}
+    looks = {row["slide"]: (row["stain"], row["scanner"]) for row in _rows(finished / "slides" / "labels.csv")}
+    found = [image["alt"].partition(" ")[0] for image in page.images[:4]]
+    assert len({looks[slide] for slide in found}) == 4
+    for slide in found:
+        assert f"{slide}: {kept[slide]} of 144 tiles kept" in text
+    assert "drawn by a program" in text
+    assert f"{data['tiles']:,} {facts['training']['plan']['tiles']:,} of them to learn from" in text
+    assert f"{data['without_tissue']:,} of {data['grid_tiles']:,} places" in text
+
+
+def test_the_thumbnails_show_the_grid_of_the_kept_tiles(finished: Path, page: Page) -> None:
+    slide, uri = page.images[0]["alt"].partition(" ")[0], page.images[0]["src"]
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as decoded:
+        red, green, _ = np.moveaxis(np.asarray(decoded, dtype=int), 2, 0)
+    index = parquet.read_table(finished / "tiles" / "index.parquet", columns=["slide", "x", "y"]).to_pylist()
+    kept = {(row["x"] // 128, row["y"] // 128) for row in index if row["slide"] == slide}
+    step, right, wrong = 512 / 12, 0, []
+    for row in range(12):
+        for column in range(1, 12):
+            lined = (column, row) in kept or (column - 1, row) in kept
+            rows, at = slice(int(row * step) + 4, int((row + 1) * step) - 4), round(column * step)
+            side = np.median((green - red)[rows, at - 2 : at + 3].max(axis=1))
+            seen = side - np.median((green - red)[rows, at + 8 : at + 20]) > 8
+            right += seen == lined
+            wrong += [(column, row)] if seen != lined else []
+    assert len(wrong) <= 0.03 * (right + len(wrong)), wrong
+
+
 def test_the_page_shows_the_charts_with_units(page: Page) -> None:
     text = " ".join(page.text)
     for label in ("training steps", "area under the ROC curve", "cross-entropy (nats)", "learning rate, in 0.0001"):
@@ -211,9 +253,14 @@ def test_the_page_shows_the_charts_with_units(page: Page) -> None:
 
 def test_the_commands_for_real_tissue_are_understood(page: Page) -> None:
     shown = "".join(page.text).replace("\\\n", " ")
-    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("histill distill ")]
-    assert {words[2] for words in commands} == {"cpu", "h0-mini"}
-    for words in commands:
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("histill ")]
+    tiling = [words[2:] for words in commands if words[1] == "tile"]
+    assert [configs.parse(TileConfig, words, prog="test", description="", flags=True).tile_px for words in tiling] == [
+        224
+    ]
+    training = [words for words in commands if words[1] == "distill"]
+    assert {words[2] for words in training} == {"cpu", "h0-mini"}
+    for words in training:
         config = configs.parse(DistillConfig, words[3:], prog="test", description="", default=PRESETS[words[2]])
         config.require_complete()
 
@@ -223,7 +270,7 @@ def test_the_commands_for_real_tissue_are_understood(page: Page) -> None:
 
 def test_a_finished_demo_says_so_and_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
-    assert command.run(["--out", str(finished), "--minutes", "0.02", "--tiles", "96"]) == 0
+    assert command.run(["--out", str(finished), "--minutes", "0.02", "--slides", "6"]) == 0
     seen = capsys.readouterr()
     assert "finished already" in seen.err
     assert seen.out == f"report: {finished / 'report.html'}\n"
@@ -241,9 +288,13 @@ def test_an_error_at_the_end_leaves_nothing_half_written_and_the_next_call_goes_
     import histill.demo.report
 
     trained = (finished / "run" / "summary.json").stat().st_mtime_ns
+    checks = {path: path.read_bytes() for path in (finished / "checks").rglob("*") if path.is_file()}
+    shutil.rmtree(finished / "checks")  # as if it had been killed between the tile set and its tables
     for name in ("report.html", "summary.json"):
         (finished / name).unlink()
     (finished / ".tmp-0123456789abcdef").mkdir()  # of a process that was killed
+
+    monkeypatch.setattr(measure, "speeds", functools.partial(measure.speeds, rounds=3))
 
     def broken(*_: object) -> str:
         raise KeyboardInterrupt
@@ -252,7 +303,15 @@ def test_an_error_at_the_end_leaves_nothing_half_written_and_the_next_call_goes_
         patch.setattr(histill.demo.report, "render", broken)
         with pytest.raises(KeyboardInterrupt):
             demo(_tiny(finished), console=Console(quiet=True))
-    assert {path.name for path in finished.iterdir()} == {".lock", "demo.json", "tiles", "run"}
+    assert {path.name for path in finished.iterdir()} == {
+        ".lock",
+        "demo.json",
+        "slides",
+        "tiles",
+        "checks",
+        "run",
+    }
+    assert {path: path.read_bytes() for path in (finished / "checks").rglob("*") if path.is_file()} == checks
     assert demo(_tiny(finished), console=Console(quiet=True)) == finished / "report.html"
     assert files.read_json(finished / "summary.json")["resumed"] is True
     assert (finished / "run" / "summary.json").stat().st_mtime_ns == trained, "it is not trained again"
@@ -295,10 +354,12 @@ def test_a_demo_that_is_stopped_says_how_to_go_on(
     import histill.distill.run
 
     monkeypatch.setattr(histill.distill.run, "distill", lambda config, console: None)
-    monkeypatch.setattr(demo_run, "write_tile_set", lambda folder, **_: folder.mkdir())
-    assert command.run(["--out", str(tmp_path / "new"), "--tiles", "96"]) == 0
+    monkeypatch.setattr(prepare, "draw_slides", lambda config, console: (config.out / "slides").mkdir())
+    monkeypatch.setattr(prepare, "cut_tiles", lambda config, console: (config.out / "tiles").mkdir())
+    monkeypatch.setattr(prepare, "held_out_slides", lambda slides: ())
+    assert command.run(["--out", str(tmp_path / "new"), "--slides", "6"]) == 0
     assert "the same command goes on" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock", "demo.json", "tiles"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock", "demo.json", "slides", "tiles"}
 
 
 # ------------------------------------------------------------------ settings
@@ -306,24 +367,28 @@ def test_a_demo_that_is_stopped_says_how_to_go_on(
 
 def test_training_gets_what_the_rest_leaves(tmp_path: Path) -> None:
     config = DemoConfig(out=tmp_path)
-    assert distill_config(config, 40.0).minutes == pytest.approx((210 - 40 - 20) / 60)
-    assert distill_config(config, 500.0).minutes == pytest.approx(0.3 * 3.5), "slow drawing does not starve training"
+    assert distill_config(config, 40.0, ()).minutes == pytest.approx((210 - 40 - 20) / 60)
+    assert distill_config(config, 500.0, ()).minutes == pytest.approx(0.3 * 3.5), (
+        "slow drawing does not starve training"
+    )
     assert (
         dataclasses.replace(config, minutes=1e-6).minutes
-        < distill_config(dataclasses.replace(config, minutes=1e-6), 9.0).minutes
+        < distill_config(dataclasses.replace(config, minutes=1e-6), 9.0, ()).minutes
     )
 
 
 def test_the_distillation_is_the_preset_with_token_losses(tmp_path: Path) -> None:
-    told = distill_config(DemoConfig(out=tmp_path, seed=3), 0.0)
+    told = distill_config(DemoConfig(out=tmp_path, seed=3), 0.0, ("slide-002",))
     weights = {name: getattr(told.objective, name) for name in ("dino", "ibot", "token_cls", "token_patch")}
     assert weights == dict.fromkeys(weights, 1.0)
     assert (told.views.global_px, told.student, told.seed) == (112, "vit-nano", 3)
+    assert (told.tiles, told.table, told.hold_out_slides) == (tmp_path / "tiles", None, ("slide-002",))
+    assert told.checks.tables == (tmp_path / "checks" / "labels.csv", tmp_path / "checks" / "paired.csv")
 
 
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
-    [("--tiles", "95", "96 or more"), ("--minutes", "0", "above 0"), ("--seed", "-1", "0 or more")],
+    [("--slides", "5", "6 or more"), ("--minutes", "0", "above 0"), ("--seed", "-1", "0 or more")],
 )
 def test_settings_out_of_range_are_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, allowed: str
@@ -335,10 +400,6 @@ def test_settings_out_of_range_are_refused_by_name(
     assert option in error
     assert allowed in error
     assert not (tmp_path / "new").exists()
-
-
-def test_every_slide_can_show_every_kind() -> None:
-    assert len(KINDS) == 4, "the fewest tiles of the demo's config count on it"
 
 
 # ------------------------------------------------------------------ the teacher in the package

@@ -44,13 +44,13 @@ class Measured:
     """For the report alone."""
 
 
-def measure(tiles: Path, teacher: Path, student: Path, *, seed: int) -> Measured:
+def measure(demo: Path, teacher: Path, student: Path, *, seed: int) -> Measured:
     """Measure teacher and student on the drawn tiles, on the CPU.
 
     Parameters
     ----------
-    tiles
-        The tile set.
+    demo
+        The demo's folder, with ``tiles`` and ``checks``.
     teacher, student
         Model bundles.
     seed
@@ -66,7 +66,7 @@ def measure(tiles: Path, teacher: Path, student: Path, *, seed: int) -> Measured
         plain_attention_on_cpu(model, cpu)
     rates, ratios = speeds(models, autocast)
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
-    check = load_check(tiles / LABELS_CSV, GLOBAL_PX)
+    check = load_check(demo / "checks" / LABELS_CSV, GLOBAL_PX)
     queries_Q = np.flatnonzero(check.columns["split"] == "test")
     nearest: dict[str, NDArray[np.intp]] = {}
     shares: dict[str, Any] = {"k": NEIGHBOURS}
@@ -93,7 +93,7 @@ def measure(tiles: Path, teacher: Path, student: Path, *, seed: int) -> Measured
             "precision": str(autocast.fast_dtype) if autocast._enabled else "torch.float32",
         },
         neighbours=shares,
-        pictures=draw_pictures(tiles, check.columns, queries_Q, nearest, models, seed=seed),
+        pictures=draw_pictures(demo, check.columns, queries_Q, nearest, models, seed=seed),
     )
 
 

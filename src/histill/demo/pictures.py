@@ -1,4 +1,4 @@
-"""The report's pictures, as data URIs: tiles by class, one field under every look, neighbours, patch tokens.
+"""The report's pictures, as data URIs: slides, tiles by class, one field under every look, neighbours, patch tokens.
 
 Shapes: N tiles, Q queries, K neighbours, I images, H and W rows and columns (of patches in tokens), D width of a token,
 T tokens.
@@ -21,18 +21,35 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histill.models.encoder import Encoder
-from histill.synthetic import KINDS, PAIRED_CSV, SCANNERS, STAINS, draw_tile, render, slide_effects
+from histill.synthetic import KINDS, LABELS_CSV, PAIRED_CSV, SCANNERS, STAINS, draw_tile, render, slide_effects
+from histill.tiles.folder import SetFolder
 from histill.tiles.images import decode, read_table
 
-__all__ = ["Field", "Neighbour", "Pictures", "Query", "Tile", "align", "colours", "draw_pictures"]
+__all__ = ["Field", "Neighbour", "Pictures", "Query", "Slide", "Tile", "align", "colours", "draw_pictures"]
 
 TOKEN_PX = 224
 """Side of the fields of which patch tokens are shown."""
 
+_SLIDES, _SLIDE_PX = 4, 512
 _PER_CLASS = 8
 _QUALITY = 82
 _LOOKS = tuple(product(("harris", "mayer"), ("aurora", "cinder")))
 _TOKEN_LOOKS = (_LOOKS[0], _LOOKS[-1])  # they differ in stain and scanner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slide:
+    """A slide with its kept tiles outlined."""
+
+    image: str
+    """Data URI."""
+    name: str
+    look: str
+    """Stain and scanner."""
+    tiles: int
+    """Tiles that were kept."""
+    grid_tiles: int
+    """Places of the grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +97,8 @@ class Field:
 class Pictures:
     """All of them."""
 
+    slides: list[Slide]
+    """Of different looks."""
     classes: dict[str, list[Tile]]
     """Class -> tiles of different slides."""
     paired: list[Tile]
@@ -89,7 +108,7 @@ class Pictures:
 
 
 def draw_pictures(
-    tiles: Path,
+    demo: Path,
     columns: Mapping[str, NDArray[Any]],
     queries_Q: NDArray[np.intp],
     nearest: Mapping[str, NDArray[np.intp]],
@@ -101,8 +120,8 @@ def draw_pictures(
 
     Parameters
     ----------
-    tiles
-        The tile set.
+    demo
+        The demo's folder, with ``tiles`` and ``checks``.
     columns
         path, label, slide of the labelled tiles, (N,).
     queries_Q
@@ -115,12 +134,18 @@ def draw_pictures(
         Of the choice of queries and of the fields whose tokens are shown.
     """
     rng = np.random.default_rng([seed, 11])
+    checks = demo / "checks"
     return Pictures(
-        classes={kind: _of_class(tiles, columns, kind) for kind in KINDS},
-        paired=_paired(tiles),
+        slides=_slides(demo),
+        classes={kind: _of_class(checks, columns, kind) for kind in KINDS},
+        paired=_paired(checks),
         queries=[
             _query(
-                tiles, columns, queries_Q, nearest, int(rng.choice(np.flatnonzero(columns["label"][queries_Q] == kind)))
+                checks,
+                columns,
+                queries_Q,
+                nearest,
+                int(rng.choice(np.flatnonzero(columns["label"][queries_Q] == kind))),
             )
             for kind in KINDS
         ],
@@ -143,24 +168,43 @@ def _file(path: Path) -> str:
     return _jpeg(decode(path.read_bytes(), path.name))
 
 
-def _of_class(tiles: Path, columns: Mapping[str, NDArray[Any]], kind: str) -> list[Tile]:
-    """The first tile of a class on evenly spaced slides."""
+def _slides(demo: Path) -> list[Slide]:
+    """The first slide of each look, with the grid of its kept tiles."""
+    looks: dict[str, str] = {}
+    for row in read_table(demo / "checks" / LABELS_CSV, ["slide", "scanner"]):
+        looks.setdefault(row["scanner"], row["slide"])
+    folder, slides = SetFolder(demo / "tiles"), []
+    records = {record.slide: record for record in folder.records()}
+    for look, slide in list(looks.items())[:_SLIDES]:
+        with Image.open(folder.thumbnail(slide)) as picture:
+            picture.thumbnail((_SLIDE_PX, _SLIDE_PX), Image.Resampling.BOX)
+            image = _jpeg(np.asarray(picture.convert("RGB")))
+        record = records[slide]
+        slides.append(Slide(image=image, name=slide, look=look, tiles=record.tiles, grid_tiles=record.grid_tiles))
+    return slides
+
+
+def _of_class(checks: Path, columns: Mapping[str, NDArray[Any]], kind: str) -> list[Tile]:
+    """A tile of a class from the middle of each of some evenly spaced slides."""
     rows = np.flatnonzero(columns["label"] == kind)
-    _, first = np.unique(columns["slide"][rows], return_index=True)
-    chosen = rows[first][np.linspace(0, len(first) - 1, min(_PER_CLASS, len(first))).round().astype(int)]
-    return [Tile(image=_file(tiles / columns["path"][row]), name=str(columns["slide"][row])) for row in chosen]
+    _, first, count = np.unique(columns["slide"][rows], return_index=True, return_counts=True)
+    middle = rows[first + count // 2]  # the rows of a slide are neighbours, from top to bottom
+    chosen = middle[np.linspace(0, len(middle) - 1, min(_PER_CLASS, len(middle))).round().astype(int)]
+    return [Tile(image=_file(checks / columns["path"][row]), name=str(columns["slide"][row])) for row in chosen]
 
 
-def _paired(tiles: Path) -> list[Tile]:
-    """The first field, under every look."""
-    rows = read_table(tiles / PAIRED_CSV, ["path", "slide", "scanner", "x", "y"])
-    place = [rows[0][name] for name in ("slide", "x", "y")]
-    same = [row for row in rows if [row[name] for name in ("slide", "x", "y")] == place]
-    return [Tile(image=_file(tiles / row["path"]), name=row["scanner"]) for row in same]
+def _paired(checks: Path) -> list[Tile]:
+    """The field nearest to the middle of the first section, under every look."""
+    rows = read_table(checks / PAIRED_CSV, ["path", "slide", "scanner", "x", "y"])
+    section = [row for row in rows if row["slide"] == rows[0]["slide"]]
+    places_N2 = np.array([[int(row["x"]), int(row["y"])] for row in section])
+    away_N = np.square(places_N2 - places_N2.mean(axis=0)).sum(axis=1)
+    same = [row for row, away in zip(section, away_N, strict=True) if away == away_N.min()][: len(_LOOKS)]
+    return [Tile(image=_file(checks / row["path"]), name=row["scanner"]) for row in same]
 
 
 def _query(
-    tiles: Path,
+    checks: Path,
     columns: Mapping[str, NDArray[Any]],
     queries_Q: NDArray[np.intp],
     nearest: Mapping[str, NDArray[np.intp]],
@@ -168,7 +212,7 @@ def _query(
 ) -> Query:
     def shown(row: int) -> dict[str, str]:
         return {
-            "image": _file(tiles / columns["path"][row]),
+            "image": _file(checks / columns["path"][row]),
             "label": str(columns["label"][row]),
             "slide": str(columns["slide"][row]),
         }

@@ -1,31 +1,31 @@
-"""The demo, step by step: draw, distil, measure, report.
+"""The demo, step by step: draw, cut, distil, measure, report.
 
-A demo's folder holds ``demo.json`` (its settings), ``tiles/``, ``run/`` (as ``histill distill`` leaves it), and at the
-end ``report.html`` and ``summary.json``. Each of them is whole or absent (the run by its own checkpoints), so that a
-demo that was cut short goes on with the first one that is missing.
+A demo's folder holds ``demo.json`` (its settings), ``slides/``, ``tiles/`` (as ``histill tile`` leaves it), ``checks/``
+(labelled and paired tiles as files), ``run/`` (as ``histill distill`` leaves it), and at the end ``report.html`` and
+``summary.json``. Each of them is whole or absent (tiles and run by their own records), so that a demo that was cut
+short goes on with the first one that is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from histill import config as configs
 from histill import files
-from histill.demo.config import GLOBAL_PX, LOCAL_PX, SLIDES, STUDENT, TILE_PX, DemoConfig
+from histill.demo import prepare
+from histill.demo.config import GLOBAL_PX, LOCAL_PX, STUDENT, DemoConfig
 from histill.distill import PRESETS, DistillConfig
 from histill.distill.record import one_process
 from histill.errors import ConfigError, ModelError, RunError
-from histill.synthetic import LABELS_CSV, write_tile_set
+from histill.synthetic import LABELS_CSV, PAIRED_CSV
 
 __all__ = ["TEACHER", "demo", "distill_config"]
 
@@ -34,13 +34,12 @@ TEACHER = Path(__file__).parent / "assets" / "teacher"
 
 _AFTER_SECONDS = 20.0  # what measuring and reporting take on 2 cores
 _LEAST_SHARE = 0.3  # of the demo's length that training gets, however long drawing took
-_POOL_TILES = 500  # fewer tiles are drawn sooner than a second process starts
 
 
 class _Stages:
     """Announces each stage and keeps its seconds."""
 
-    names = ("draw tissue", "distil", "measure", "report")
+    names = ("draw slides", "cut tiles", "distil", "measure", "report")
 
     def __init__(self, console: Console) -> None:
         self.console, self.seconds = console, dict[str, float]()
@@ -96,20 +95,22 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> Path | None:
 
 def _run(config: DemoConfig, stages: _Stages, started: float, resumed: bool) -> Path | None:
     folder, console = config.out, stages.console
-    with stages.stage(0, "drawing tissue"):
-        _draw(config, console)
-    with stages.stage(1, f"distilling the demo's teacher into a {STUDENT}"):
+    with stages.stage(0, "drawing slides"):
+        prepare.draw_slides(config, console)
+    with stages.stage(1, "cutting tiles"):
+        prepare.cut_tiles(config, console)
+    with stages.stage(2, f"distilling the demo's teacher into a {STUDENT}"):
         from histill.distill.run import distill  # torch: only now, so that the first stage shows at once
 
-        told = distill_config(config, time.monotonic() - started)
+        told = distill_config(config, time.monotonic() - started, prepare.held_out_slides(folder / "slides"))
         summary = distill(told, console=console)
     if summary is None:
         return None
-    with stages.stage(2, "measuring speed and neighbours"):
+    with stages.stage(3, "measuring speed and neighbours"):
         from histill.demo.measure import measure
 
-        measured = measure(folder / "tiles", TEACHER, folder / "run" / "student", seed=config.seed)
-    with stages.stage(3, "writing the report"):
+        measured = measure(folder, TEACHER, folder / "run" / "student", seed=config.seed)
+    with stages.stage(4, "writing the report"):
         from histill.demo.report import render
         from histill.demo.summary import curves, summarise
 
@@ -194,43 +195,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 # ------------------------------------------------------------------ the stages
 
 
-def _draw(config: DemoConfig, console: Console) -> None:
-    """Draw the tiles, with a bar; a set that is there is whole."""
-    tiles = config.out / "tiles"
-    if tiles.exists():
-        console.print("the tiles are there already")
-        return
-    bar = Progress(
-        TextColumn("tiles"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("tiles", total=None)
-        write_tile_set(
-            tiles,
-            tiles=config.tiles,
-            slides=SLIDES,
-            tile_px=TILE_PX,
-            fields=config.fields,
-            seed=config.seed,
-            workers=min(8, _cores()) if config.tiles >= _POOL_TILES else 1,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    console.print(f"{config.tiles} labelled tiles and {config.fields} paired fields in {tiles}", highlight=False)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def distill_config(config: DemoConfig, spent_seconds: float) -> DistillConfig:
+def distill_config(config: DemoConfig, spent_seconds: float, hold_out_slides: Sequence[str]) -> DistillConfig:
     """The preset `cpu` with token losses, for as long as the demo still has; a run that is there keeps its own."""
     folder = config.out / "run"
     if (folder / "config.json").exists():
@@ -250,7 +215,10 @@ def distill_config(config: DemoConfig, spent_seconds: float) -> DistillConfig:
         "teacher": f"local-dir:{TEACHER}",
         "student": STUDENT,
         "tiles": config.out / "tiles",
-        "table": config.out / "tiles" / LABELS_CSV,  # without the paired fields: they are for the checks alone
+        "hold_out_slides": tuple(hold_out_slides),
+        "checks": dataclasses.replace(
+            base.checks, tables=tuple(config.out / "checks" / name for name in (LABELS_CSV, PAIRED_CSV))
+        ),
         "out": folder,
         "minutes": round(seconds / 60, 3) or 0.001,
         "seed": config.seed,

@@ -12,12 +12,13 @@ import torch
 
 from histill import __version__
 from histill import config as configs
-from histill.demo.config import SLIDES, DemoConfig
+from histill.demo.config import DemoConfig
 from histill.demo.measure import Measured
+from histill.demo.prepare import data_facts
 from histill.distill import DistillConfig
 from histill.distill.record import read_rows
 from histill.evaluate import retention
-from histill.synthetic import KINDS, LABELS_CSV, PAIRED_CSV
+from histill.synthetic import LABELS_CSV, PAIRED_CSV
 
 __all__ = ["LABELS", "PAIRED", "curves", "summarise"]
 
@@ -70,12 +71,7 @@ def summarise(
         "neighbours": measured.neighbours,
         "start": run["start"],
         "training": _training(run, metrics),
-        "data": {
-            "kinds": list(KINDS),
-            "slides": SLIDES,
-            "labelled_tiles": config.tiles,
-            "paired_fields": config.fields,
-        },
+        "data": data_facts(config.out),
         "seed": config.seed,
         "config": {"demo": configs.to_dict(config), "distill": configs.to_dict(told)},
         **_surroundings(),

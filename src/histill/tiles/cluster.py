@@ -59,16 +59,7 @@ def tile_on_ray(
     RunError
         The cluster cannot be reached.
     """
-    try:
-        import ray
-    except ImportError:
-        remedy = "pip install 'histill[cluster]'"
-        raise MissingExtraError("Ray is not installed", where="--ray", remedy=remedy) from None
-    try:
-        num_cpus = workers if address == "local" and workers else None
-        ray.init(address=address, num_cpus=num_cpus, log_to_driver=False, logging_level=logging.WARNING)
-    except Exception as error:
-        raise RunError("the Ray cluster cannot be reached", where=f"--ray {address}", got=error) from None
+    ray = _joined(address, workers)
     try:
         # Numerical libraries inside a task must not each take all cores of a node.
         task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_one_slide)
@@ -93,3 +84,18 @@ def tile_on_ray(
                 bar.slide(record)
     finally:
         ray.shutdown()
+
+
+def _joined(address: str, workers: int) -> Any:
+    """The module ``ray``, connected to the cluster."""
+    try:
+        import ray
+    except ImportError:
+        remedy = "pip install 'histill[cluster]'"
+        raise MissingExtraError("Ray is not installed", where="--ray", remedy=remedy) from None
+    try:
+        num_cpus = workers if address == "local" and workers else None
+        ray.init(address=address, num_cpus=num_cpus, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:
+        raise RunError("the Ray cluster cannot be reached", where=f"--ray {address}", got=error) from None
+    return ray
