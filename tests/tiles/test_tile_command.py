@@ -175,36 +175,6 @@ def test_a_drawn_mask_replaces_otsu(slides: Path, tmp_path: Path) -> None:
     assert _rows(tmp_path / "set")[SMALL]["mask"].startswith(f"{SMALL}.geojson ")
 
 
-# ------------------------------------------------------------------ what is refused
-
-
-def test_a_slide_without_a_scale_is_refused_with_the_remedy(
-    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set") == 2
-    row = _rows(tmp_path / "set")[TCGA]
-    assert row["status"] == "failed"
-    assert "--mpp-override" in row["error"]
-    assert "--mpp-override" in capsys.readouterr().err
-    overrides = tmp_path / "mpp.csv"
-    overrides.write_text(f"slide,mpp\nanother,0.25\n{TCGA}.svs,0.5\n")
-    assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set", "--mpp-override", overrides) == 0
-    row = _rows(tmp_path / "set")[TCGA]
-    assert (row["status"], row["mpp"], row["mpp_source"]) == ("done", "0.5", "override")
-    assert int(row["tiles"]) > 50
-
-
-def test_a_broken_slide_does_not_stop_the_others(slides: Path, tmp_path: Path) -> None:
-    given = [slides / f"{SMALL}.svs", slides / "broken.svs", slides / "unreadable.svs", slides / "kidney-48-5.tif"]
-    assert tile(*given, "--out", tmp_path / "set") == 2
-    rows = _rows(tmp_path / "set")
-    assert rows[SMALL]["status"] == "done"
-    for name in ("broken", "unreadable", "kidney-48-5"):
-        assert rows[name]["status"] == "failed", name
-        assert len(rows[name]["error"]) > 30
-    assert len(open_set(tmp_path / "set")) == int(rows[SMALL]["tiles"])
-
-
 def damaged_copy(slide: Path, target: Path, how: str) -> tuple[int, int]:
     """Damage one block in the middle of level 0 of a copy; returns the level-0 pixel at its middle."""
     import tifffile
@@ -221,73 +191,6 @@ def damaged_copy(slide: Path, target: Path, how: str) -> tuple[int, int]:
         file.seek(offset if how == "zero" else offset + count // 2)
         file.write(bytes(count if how == "zero" else count - count // 2))
     return middle
-
-
-@pytest.mark.parametrize("how", ["zero", "truncate"])
-@pytest.mark.parametrize("name", [SMALL, TCGA])
-def test_a_damaged_block_is_counted_and_named(how: str, name: str, slides: Path, tmp_path: Path) -> None:
-    x, y = damaged_copy(slides / f"{name}.svs", tmp_path / f"{name}.svs", how)
-    options = ("--mpp-override", 0.5, "--tissue-min", 0, "--quality.white-max", 1, "--quality.blur-min", 0)
-    assert tile(slides / f"{name}.svs", "--out", tmp_path / "good", *options) == 0
-    assert tile(tmp_path / f"{name}.svs", "--out", tmp_path / "set", *options) == 0
-    good, bad = (pq.read_table(tmp_path / folder / "index.parquet").to_pylist() for folder in ("good", "set"))
-    lost = {(row["x"], row["y"]) for row in good} - {(row["x"], row["y"]) for row in bad}
-    with (tmp_path / "set" / "unreadable.csv").open(newline="") as file:
-        named = {(int(row["x"]), int(row["y"])) for row in csv.DictReader(file)}
-    assert named == lost
-    assert 1 <= len(named) <= 9
-    assert any(left <= x < left + 224 and top <= y < top + 224 for left, top in named)
-    assert int(_rows(tmp_path / "set")[name]["unreadable"]) == len(named)
-    here, there = open_set(tmp_path / "good"), open_set(tmp_path / "set")
-    kept = {(row["x"], row["y"]): index for index, row in enumerate(good)}
-    for index, row in enumerate(bad):
-        np.testing.assert_array_equal(there.read(index), here.read(kept[row["x"], row["y"]]))
-
-
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        (["--out", "SET"], "no slides are given"),
-        (["SLIDE"], "--out"),
-        (["SLIDE", "--out", "SET", "--mpp-override", "missing.csv"], "missing.csv"),
-        (["SLIDE", "--out", "SET", "--mpp-override", "OTHERS"], "no slide of this table"),
-        (["nowhere.svs", "--out", "SET"], "nowhere.svs"),
-        (["--inspect", "nowhere"], "not a tile set"),
-    ],
-)
-def test_a_wrong_command_line(
-    argv: list[str], told: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = {"SLIDE": str(slides / f"{SMALL}.svs"), "SET": str(tmp_path / "set"), "OTHERS": str(tmp_path / "o.csv")}
-    (tmp_path / "o.csv").write_text("slide,mpp\nCMU-2,0.5\n")
-    assert main(["tile", *(names.get(word, word) for word in argv)]) == 1
-    assert told in capsys.readouterr().err
-    assert not (tmp_path / "set").exists()
-
-
-@pytest.mark.parametrize(("option", "value"), [("--shard", "2/2"), ("--mpp", "0"), ("--tissue-min", "2")])
-def test_a_value_out_of_range(
-    option: str, value: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        tile(slides / f"{SMALL}.svs", "--out", tmp_path / "set", option, value)
-    told = capsys.readouterr().err
-    assert option in told
-    assert "allowed" in told
-
-
-def test_other_settings_and_other_folders_are_refused(
-    small_set: Path, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = content(small_set)
-    assert tile(slides / f"{SMALL}.svs", "--out", small_set, "--mpp", 1) == 1
-    assert "mpp: 0.5 there, 1.0 now" in capsys.readouterr().err
-    assert tile(slides / f"{SMALL}.svs", "--out", small_set, "--mpp-override", 0.25) == 1
-    assert "another mpp" in capsys.readouterr().err
-    assert content(small_set) == before
-    (tmp_path / "thesis.txt").write_text("mine")
-    assert tile(slides / f"{SMALL}.svs", "--out", tmp_path) == 1
-    assert "thesis.txt" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ parts of a whole

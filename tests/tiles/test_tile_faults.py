@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from histill import files
 from histill.cli import main
 from histill.tiles import slide_writer
 from histill.tiles.folder import SetFolder
@@ -32,11 +33,6 @@ def _content(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix != ".json" and path.name != "slides.csv"
     }
-
-
-def _statuses(folder: Path) -> dict[str, str]:
-    with (folder / "slides.csv").open(newline="") as file:
-        return {row["slide"]: row["status"] for row in csv.DictReader(file)}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,7 @@ def _until(process: subprocess.Popen[bytes], happened: object) -> None:
 
 MOMENTS = {
     "the folder is claimed": lambda out: (out / "tileset.json").exists(),
-    "a shard is begun": lambda out: bool(list(out.glob(".work/*/.tmp-*"))),
+    "a shard is begun": lambda out: bool(list(out.glob(".work/slides/*/.tmp-*"))),
     "a slide is finished": lambda out: (out / "parts" / "a.json").exists(),
     "another shard is in place": lambda out: (out / "shards" / "c-00000.tar").exists(),
 }
@@ -125,8 +121,9 @@ def test_ctrl_c_leaves_finished_slides_and_no_litter(four: Path, whole: Path, tm
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    finished = [record.slide for record in SetFolder(out).records()]
+    finished = {record.slide: record.status for record in SetFolder(out).records()}
     assert "a" in finished
+    assert set(finished.values()) == {"done"}  # what was in flight is not called failed
     assert len(open_set(out)) == sum(record.tiles for record in SetFolder(out).records())
     assert main(["tile", str(four), "--out", str(out), *OPTIONS]) == 0
     assert _content(out) == _content(whole)
@@ -219,6 +216,64 @@ def test_no_space_at_any_write(
     assert _content(out) == _content(whole)
 
 
+@pytest.mark.parametrize("number", range(1, 16, 2))
+def test_no_space_at_any_file(
+    number: int,
+    four: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """ENOSPC at the n-th file that is synced: settings, shards, rows, thumbnails, records, index, tables."""
+    out, synced = tmp_path / "set", itertools.count(1)
+    sync = files.sync
+
+    def full(path: Path) -> None:
+        if next(synced) >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "sync", full)
+        assert main(["tile", str(four), "--out", str(out), *OPTIONS]) == 1
+    told = capsys.readouterr().err
+    assert told.count("error: ") == 1
+    assert "No space left on device" in told
+    assert "free some space" in told
+    assert main(["tile", str(four), "--out", str(out), *OPTIONS]) == 0
+    assert _content(out) == _content(whole)
+    assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize("number", [3, 8, 15])
+def test_a_killed_merge_goes_on_to_the_same_set(number: int, four: Path, whole: Path, tmp_path: Path) -> None:
+    """Killed at the n-th file that is put in its place."""
+    for part in (0, 1):
+        assert main(["tile", str(four), "--out", str(tmp_path / str(part)), *OPTIONS, "--shard", f"{part}/2"]) == 0
+    merge = ["tile", "--merge", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "set")]
+    script = f"""
+import itertools, os, signal, sys
+from histill import files
+from histill.cli import main
+from histill.tiles.folder import SetFolder
+place, placed = SetFolder.place, itertools.count(1)
+def killed(self, path, target):
+    place(self, path, target)
+    if next(placed) == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+SetFolder.place = killed
+main({merge!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "set" / "index.parquet").exists()
+    before = _content(tmp_path / "0")
+    assert main(merge) == 0
+    assert _content(tmp_path / "set") == _content(whole)
+    assert _content(tmp_path / "0") == before
+    assert not list((tmp_path / "set").rglob(".*"))
+
+
 # ------------------------------------------------------------------ workers that die
 
 
@@ -273,7 +328,7 @@ def test_a_ray_worker_that_is_killed_midway(four: Path, whole: Path, tmp_path: P
         "2",
     ]
     process = subprocess.Popen(command)
-    _until(process, lambda: bool(list(out.glob(".work/*/.tmp-*"))))
+    _until(process, lambda: bool(list(out.glob(".work/slides/*/.tmp-*"))))
     workers = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cmdline")

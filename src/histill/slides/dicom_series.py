@@ -15,7 +15,7 @@ __all__ = ["WHOLE_SLIDE_CLASS", "DicomFile", "read_dicom_file"]
 WHOLE_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """SOP class of whole slide microscopy images."""
 
-_HEADER_BYTES = 1 << 20
+_HEADER_BYTES = (1 << 16, 1 << 22)  # most headers are small; some carry a thumbnail or a profile first
 _CLASS, _SERIES, _SYNTAX = (0x0008, 0x0016), (0x0020, 0x000E), (0x0002, 0x0010)
 _IMPLICIT = "1.2.840.10008.1.2"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
@@ -36,19 +36,20 @@ class DicomFile:
 
 
 def read_dicom_file(path: Path) -> DicomFile | None:
-    """Read the two identifiers; None when the file is not a DICOM file in little endian or lacks one of them.
+    """Read the two identifiers; None when it cannot be read, is no DICOM file in little endian or lacks one.
 
     Source: DICOM PS3.5, chapter 7 (data elements, sequences of items), and PS3.10, chapter 7 (file meta information).
     """
-    with path.open("rb") as file:
-        data = file.read(_HEADER_BYTES)
-    if data[128:132] != b"DICM":
-        return None
-    try:
-        found = _walk(data)
-    except (struct.error, UnicodeDecodeError):
-        return None
-    return DicomFile(sop_class=found[_CLASS], series=found[_SERIES]) if _CLASS in found and _SERIES in found else None
+    for size in _HEADER_BYTES:
+        try:
+            with path.open("rb") as file:
+                data = file.read(size)
+            found = _walk(data) if data[128:132] == b"DICM" else {}
+        except (OSError, struct.error, UnicodeDecodeError):  # a link to nowhere, say, or a cut header
+            continue
+        if _CLASS in found and _SERIES in found:
+            return DicomFile(sop_class=found[_CLASS], series=found[_SERIES])
+    return None
 
 
 def _walk(data: bytes) -> dict[tuple[int, int], str]:

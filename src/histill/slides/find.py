@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ SLIDE_SUFFIXES = (
 )
 """Suffixes of the files that are taken as slides, in any case; ``.ome.tif`` and ``.ome.tiff`` are among them."""
 _DICOM = ".dcm"
+_ID_BYTES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def find_slides(inputs: Sequence[Path]) -> list[SlideFile]:
 
 def _distinct(found: Iterable[SlideFile]) -> list[SlideFile]:
     by_path: dict[str, SlideFile] = {}
-    for slide in found:
+    for slide in (SlideFile(_file_id(slide.id), slide.path) for slide in found):
         by_path.setdefault(os.path.realpath(slide.path), slide)
     by_id: dict[str, SlideFile] = {}
     for slide in by_path.values():
@@ -117,7 +119,7 @@ def _below(root: Path) -> list[SlideFile]:
     """Find the slides of one folder, at any depth; a loop of links is walked once."""
     found: list[SlideFile] = []
     walked: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         if real in walked:
             folders.clear()
@@ -139,6 +141,11 @@ def _below(root: Path) -> list[SlideFile]:
     return found
 
 
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be looked into might hold slides."""
+    raise SlideError("a folder of slides cannot be read", where=error.filename, got=error.strerror)
+
+
 def _is_slide_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(SLIDE_SUFFIXES)
 
@@ -148,6 +155,16 @@ def _id(relative: Path) -> str:
     if relative.suffix.lower() in (".tif", ".tiff") and name.lower().endswith(".ome"):
         name = name[: -len(".ome")]
     return "__".join([*relative.parts[:-1], name])
+
+
+def _file_id(name: str) -> str:
+    """An id that files and tables can be named after: UTF-8, and short enough for a file system."""
+    data = os.fsencode(name)
+    text = data.decode("utf-8", "backslashreplace")
+    if len(text.encode()) <= _ID_BYTES:
+        return text
+    digest = hashlib.sha256(data).hexdigest()[:12]
+    return f"{text.encode()[: _ID_BYTES - 13].decode('utf-8', 'ignore')}-{digest}"
 
 
 def _series(paths: Iterable[Path]) -> dict[str, list[Path]]:

@@ -21,6 +21,7 @@ from histill.slides.tiff_layout import Blocks, read_layout
 __all__ = ["TiffReader"]
 
 _SLAB_BLOCKS = 32
+_CACHE_BYTES = 128 * 2**20
 """Blocks whose memory is asked for at once: large enough for numpy to ask the system for huge pages."""
 
 
@@ -32,8 +33,8 @@ class TiffReader:
     path
         The file.
     cache_blocks
-        Decoded blocks that are kept, the latest used ones: 512 of 256 px take 100 MB. Tiles that are read row by row
-        decode each block once when two rows of blocks fit.
+        Decoded blocks that are kept, the latest used ones, as far as 128 MB hold them: 512 of 256 px take 100 MB.
+        Tiles that are read row by row decode each block once when two rows of blocks fit.
 
     Raises
     ------
@@ -64,7 +65,8 @@ class TiffReader:
         self.scale_facts: ScaleFacts = layout.scale_facts
         self.properties: Mapping[str, str] = layout.properties
         self._file: int | None = None
-        self._cache_blocks = cache_blocks
+        largest = max(blocks.block_width * blocks.block_height * 3 for blocks in self.blocks)
+        self._cache_blocks = max(1, min(cache_blocks, _CACHE_BYTES // largest))
         self._unused: list[NDArray[np.uint8]] = []
         self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
 

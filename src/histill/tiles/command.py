@@ -85,7 +85,7 @@ def _merge(config: TileConfig) -> int:
 def _dry_run(config: TileConfig) -> int:
     from histill.tiles.dry_run import dry_run
 
-    estimates, workers = dry_run(config)
+    estimates, workers = dry_run(config, Console(stderr=True))
     table = Table(title="a dry run: nothing was written")
     for name in ("slide", "mpp", "from", "level", "grid", "tissue", "tiles (est.)", "MB (est.)"):
         table.add_column(name, justify="left" if name in ("slide", "from") else "right")

@@ -21,6 +21,7 @@ from histill.slides.masks import read_mask
 from histill.slides.open import open_slide
 from histill.slides.quality import rejected
 from histill.slides.render import TileRenderer
+from histill.slides.resample import area_resample
 from histill.slides.scale import resolve_scale
 from histill.slides.slide import Slide, UnreadableRegionError
 from histill.slides.tissue import tissue_mask
@@ -167,8 +168,19 @@ def plan_slide(job: SlideJob) -> SlidePlan:
         origins_N2=chosen_N2[order_N],
         tissue_N=tissue_N[order_N],
         cell_N=cell_N[order_N],
-        thumbnail_HW3=slide.thumbnail(min(longest, _THUMBNAIL_PX)).image_HW3,
+        thumbnail_HW3=_picture(slide, small.image_HW3),
     )
+
+
+def _picture(slide: Slide, small_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The slide at the size of a thumbnail; from what was read for the mask where that is large enough."""
+    full, height, width = slide.levels[0], *small_HW3.shape[:2]
+    longest = min(max(full.width, full.height), _THUMBNAIL_PX)
+    if max(height, width) < longest:
+        return slide.thumbnail(longest).image_HW3
+    step = max(height, width) / longest
+    size = max(1, round(width / step)), max(1, round(height / step))
+    return area_resample(small_HW3, 0, 0, width / size[0], height / size[1], *size)
 
 
 def mask_name(mask: Path) -> str:

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
 
 from histill.slides.slide import SlideError
 from histill.tiles.config import TileConfig
 from histill.tiles.cutting import SlideJob, cut, plan_slide
 from histill.tiles.jobs import jobs_of
-from histill.tiles.pool import Pool, cores
+from histill.tiles.pool import BrokenProcessPool, Pool, cores
 
 __all__ = ["Estimate", "dry_run"]
 
@@ -72,13 +73,29 @@ def estimate(job: SlideJob) -> Estimate:
     )
 
 
-def dry_run(config: TileConfig) -> tuple[list[Estimate], int]:
+def dry_run(config: TileConfig, console: Console) -> tuple[list[Estimate], int]:
     """Estimates of all slides, and the number of worker processes that the time is to be divided by."""
-    jobs = jobs_of(config)
-    workers = min(config.workers or cores(), max(len(jobs), 1))
-    pool = Pool(workers)
+    jobs, count = jobs_of(config, console), config.workers or cores()
+    pool = Pool(min(count, max(len(jobs), 1)))
     try:
         futures = [pool.submit(estimate, job) for job in jobs]
-        return [future.result() for future in futures], config.workers or cores()
+        found = []
+        for job, future in zip(jobs, futures, strict=True):
+            try:
+                found.append(future.result())
+            except BrokenProcessPool:
+                found.append(_alone(job))
+        return found, count
+    finally:
+        pool.close()
+
+
+def _alone(job: SlideJob) -> Estimate:
+    """Estimate a slide that was in flight when a process died, so that the guilty one is known."""
+    pool = Pool(1)
+    try:
+        return pool.submit(estimate, job).result()
+    except BrokenProcessPool:
+        return Estimate(slide=job.id, error="a worker process died while it read this slide")
     finally:
         pool.close()

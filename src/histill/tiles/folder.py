@@ -7,11 +7,13 @@ thumbnail. What a killed process leaves lies below ``.work`` and is thrown away 
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,10 +70,18 @@ class SlideRecord:
     @classmethod
     def read(cls, path: Path) -> SlideRecord:
         """Read a record."""
-        values = files.read_json(path)
-        values["shards"] = tuple(values["shards"])
-        values["unreadable_tiles"] = tuple((x, y, reason) for x, y, reason in values["unreadable_tiles"])
-        return cls(**values)
+        try:
+            values = files.read_json(path)
+            values["shards"] = tuple(values["shards"])
+            values["unreadable_tiles"] = tuple((x, y, reason) for x, y, reason in values["unreadable_tiles"])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                "the record of a slide is damaged",
+                where=path,
+                got=repr(error),
+                remedy="delete this file and run histill tile again: the slide is cut anew",
+            ) from None
 
 
 # In files beside slides.csv, not in its cells.
@@ -85,6 +95,11 @@ class SetFolder:
     root: Path
 
     @property
+    def _work(self) -> Path:
+        """Locks and unfinished files."""
+        return self.root / ".work"
+
+    @property
     def index(self) -> Path:
         """The index of all tiles."""
         return self.root / "index.parquet"
@@ -93,6 +108,10 @@ class SetFolder:
     def shards(self) -> Path:
         """Folder of the shards."""
         return self.root / "shards"
+
+    def shard(self, slide: str, number: int) -> Path:
+        """A slide's n-th shard, from 0."""
+        return self.shards / f"{slide}-{number:05d}.tar"
 
     def record(self, slide: str) -> Path:
         """What makes a slide finished."""
@@ -112,8 +131,8 @@ class SetFolder:
 
         Yields an empty folder for its unfinished files, or None when another process has the slide.
         """
-        work = self.root / ".work" / slide
-        with files.lock(self.root / ".work" / f"{slide}.lock", wait=False) as ours:
+        work, lock = self._work / "slides" / slide, self._work / "locks" / f"{slide}.lock"
+        with self.writing(), files.lock(lock, wait=False) as ours:
             if not ours:
                 yield None
                 return
@@ -123,15 +142,38 @@ class SetFolder:
                 yield work
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-                (self.root / ".work" / f"{slide}.lock").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
     @contextmanager
     def index_lock(self) -> Iterator[None]:
         """Write the index and the tables, one process at a time."""
-        with files.lock(self.root / ".work" / "set.lock", wait=True):
-            for stray in self.root.glob(".tmp-*"):  # a killed process's: only the holder of this lock writes here
-                stray.unlink(missing_ok=True)
+        with self.writing(), files.lock(self._work / "index.lock", wait=True):
             yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the file system says while the set is written into one error of the whole run."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise DataError(
+                "the tile set cannot be written",
+                where=error.filename or self.root,
+                got=error.strerror or error,
+                remedy=("free some space" if full else "see to it")
+                + " and run the same command again: finished slides stay",
+            ) from error
+
+    def forget(self, slide: str) -> None:
+        """Remove all that an earlier run left of a slide that is cut anew; an index with its tiles goes first."""
+        if self.rows(slide).exists():
+            self.index.unlink(missing_ok=True)
+        for path in (self.record(slide), self.rows(slide), self.thumbnail(slide)):
+            path.unlink(missing_ok=True)
+        shards = list(itertools.takewhile(Path.exists, (self.shard(slide, number) for number in itertools.count())))
+        for path in reversed(shards):  # a kill in between leaves no gap, which would hide the later ones
+            path.unlink(missing_ok=True)
 
     def is_done(self, slide: str) -> bool:
         """Whether a slide is finished."""
@@ -147,7 +189,7 @@ class SetFolder:
 
     def records(self) -> list[SlideRecord]:
         """All records, sorted by slide."""
-        found = [SlideRecord.read(path) for path in (self.root / "parts").glob("*.json")]
+        found = [SlideRecord.read(path) for path in (self.root / "parts").glob("*.json") if path.name[0] != "."]
         return sorted(found, key=lambda record: record.slide)
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -161,7 +203,7 @@ class SetFolder:
         path = self.root / "tileset.json"
         with self.index_lock():
             if not path.exists():
-                strangers = [entry.name for entry in self.root.iterdir() if entry.name != ".work"]
+                strangers = [entry.name for entry in self.root.iterdir() if entry != self._work]
                 if strangers:
                     raise RunError(
                         "this folder holds something that is not a tile set",
@@ -214,21 +256,24 @@ class SetFolder:
     def write_tables(self, records: Sequence[SlideRecord]) -> None:
         """Write ``slides.csv`` and ``unreadable.csv``."""
         columns = [entry.name for entry in fields(SlideRecord) if entry.name not in _NOT_IN_CSV]
-        rows = [[_cell(asdict(record)[name]) for name in columns] for record in records]
+        rows = [[_cell(getattr(record, name)) for name in columns] for record in records]
         files.write_text(self.root / "slides.csv", _csv(columns, rows))
         damaged = [[record.slide, x, y, reason] for record in records for x, y, reason in record.unreadable_tiles]
         files.write_text(self.root / "unreadable.csv", _csv(["slide", "x", "y", "reason"], damaged))
 
     def tidy(self) -> None:
         """Remove from ``.work`` what no running process holds, and ``.work`` itself when that was all."""
-        work = self.root / ".work"
-        for path in work.glob("*.lock"):
-            with files.lock(path, wait=False) as ours:
-                if ours:  # whoever opened this file before now, and gets it next, finds its slide finished or redoes it
-                    shutil.rmtree(work / path.name.removesuffix(".lock"), ignore_errors=True)
+        for path in (self._work / "locks").glob("*.lock"):
+            with suppress(OSError), files.lock(path, wait=False) as ours:
+                if ours:
+                    shutil.rmtree(self._work / "slides" / path.name.removesuffix(".lock"), ignore_errors=True)
                     path.unlink(missing_ok=True)
-        with suppress(OSError):  # another process is at work
-            work.rmdir()
+        with suppress(OSError), files.lock(self._work / "index.lock", wait=False) as ours:
+            if ours:
+                (self._work / "index.lock").unlink(missing_ok=True)
+        for path in (self._work / "slides", self._work / "locks", self._work):
+            with suppress(OSError):  # another process is at work
+                path.rmdir()
 
 
 def _cell(value: object) -> object:

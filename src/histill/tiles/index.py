@@ -1,7 +1,7 @@
 """The index of a tile set: one Parquet row a tile, which says where its bytes are and where in which slide it lies.
 
-Rows are sorted by slide, then y, then x. What finding a tile's bytes needs is held in memory (8 bytes a tile); the
-other columns are read when they are asked for.
+Rows are sorted by slide; those of a slide are in the order in which they were cut, cell by cell of the grid. What
+finding a tile's bytes needs is held in memory (8 bytes a tile); the other columns are read when they are asked for.
 Shapes: N tiles, S slides, R runs of tiles in one shard, B rows asked for.
 """
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from histill import files
 from histill.errors import DataError
 from histill.tiles.folder import SetFolder, SlideRecord
 from histill.tiles.images import UnreadableTileError
@@ -119,8 +120,13 @@ def _draw(root: Path, settings: dict[str, Any], records: Sequence[SlideRecord], 
     sheet.set_axis_off()
     sheet.set_title(f"{len(chosen)} of {len(source)} tiles, drawn at random, in the order of the slides")
     figure.suptitle(root.resolve().name)
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    try:
+        with files.atomic_path(target) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+    except OSError as error:
+        raise DataError("the picture cannot be written", where=target, got=error.strerror or error) from None
+    finally:
+        plt.close(figure)
 
 
 def _draw_fates(axes: Any, done: Sequence[SlideRecord]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
 
 from histill.errors import ConfigError, RunError, nearest
 from histill.slides.find import SlideFile, find_slides
@@ -16,10 +20,12 @@ from histill.tiles.images import read_table
 
 __all__ = ["jobs_of", "refuse_changes"]
 
+T = TypeVar("T")
+
 _MASK_SUFFIXES = (".geojson", ".png")
 
 
-def jobs_of(config: TileConfig) -> list[SlideJob]:
+def jobs_of(config: TileConfig, console: Console) -> list[SlideJob]:
     """The slides of a command, sorted by id; with ``--shard i/n`` every n-th.
 
     Raises
@@ -30,15 +36,16 @@ def jobs_of(config: TileConfig) -> list[SlideJob]:
     found = find_slides(config.slides)
     ids = [slide.id for slide in found]
     ids_by_name = _ids_by_name(found)
-    overrides, everywhere = _overrides(config, ids_by_name)
-    patients = _patients(config.patients, ids_by_name)
+    overrides, everywhere = _overrides(config, ids_by_name, console)
+    patients = _patients(config.patients, ids_by_name, console)
     masks = _masks(config.masks, ids)
     number, count = config.shard_of()
+    shared = dataclasses.replace(config, slides=())  # thousands of paths would travel with every cell
     return [
         SlideJob(
             id=slide.id,
-            path=slide.path.resolve(),
-            config=config,
+            path=slide.path.absolute(),  # not resolved: files of a series lie beside the link
+            config=shared,
             override_mpp=overrides.get(slide.id, everywhere),
             mask=masks.get(slide.id),
             patient=patients.get(slide.id),
@@ -54,7 +61,9 @@ def _ids_by_name(found: Sequence[SlideFile]) -> dict[str, str]:
     return by_file | {slide.id: slide.id for slide in found}
 
 
-def _overrides(config: TileConfig, ids_by_name: dict[str, str]) -> tuple[dict[str, float], float | None]:
+def _overrides(
+    config: TileConfig, ids_by_name: dict[str, str], console: Console
+) -> tuple[dict[str, float], float | None]:
     """Slide -> mpp, and the mpp of all slides."""
     told = config.mpp_override
     if told is None:
@@ -64,11 +73,10 @@ def _overrides(config: TileConfig, ids_by_name: dict[str, str]) -> tuple[dict[st
     except ValueError:
         pass
     overrides = read_overrides(Path(told))
-    _refuse_strangers(list(overrides), ids_by_name, f"--mpp-override {told}")
-    return {ids_by_name[name]: mpp for name, mpp in overrides.items() if name in ids_by_name}, None
+    return _by_slide(overrides, ids_by_name, f"--mpp-override {told}", console), None
 
 
-def _patients(table: Path | None, ids_by_name: dict[str, str]) -> dict[str, str]:
+def _patients(table: Path | None, ids_by_name: dict[str, str], console: Console) -> dict[str, str]:
     if table is None:
         return {}
     rows = read_table(table, ["slide", "patient"])
@@ -76,8 +84,7 @@ def _patients(table: Path | None, ids_by_name: dict[str, str]) -> dict[str, str]
     for row in rows:
         if patients.setdefault(row["slide"], row["patient"]) != row["patient"]:
             raise ConfigError("a slide has two patients", where=table, got=row["slide"])
-    _refuse_strangers(list(patients), ids_by_name, f"--patients {table}")
-    return {ids_by_name[name]: patient for name, patient in patients.items() if name in ids_by_name}
+    return _by_slide(patients, ids_by_name, f"--patients {table}", console)
 
 
 def _masks(folder: Path | None, ids: list[str]) -> dict[str, Path]:
@@ -106,18 +113,32 @@ def _masks(folder: Path | None, ids: list[str]) -> dict[str, Path]:
     return masks
 
 
-def _refuse_strangers(named: list[str], ids_by_name: dict[str, str], where: str) -> None:
-    """A table may be of a whole collection; one that names none of the slides is the wrong one, or misspelt."""
-    strangers = [name for name in named if name not in ids_by_name]
-    if strangers and len(strangers) == len(named):
+def _by_slide(table: dict[str, T], ids_by_name: dict[str, str], where: str, console: Console) -> dict[str, T]:
+    """A table's values by slide id.
+
+    A table may be of a whole collection: names of other slides are counted aloud. One that names none of the slides is
+    the wrong one, or misspelt.
+    """
+    found: dict[str, T] = {}
+    strangers = [name for name in table if name not in ids_by_name]
+    for name, value in table.items():
+        slide = ids_by_name.get(name)
+        if slide is not None and found.setdefault(slide, value) != value:
+            raise ConfigError("a slide is named twice, with two values", where=where, got=f"{slide}: {value}")
+    if not found:
         ids = sorted(set(ids_by_name.values()))
         raise ConfigError(
             "no slide of this table is among the given ones",
             where=where,
             got=", ".join(strangers[:5]),
             allowed=", ".join(ids[:5]) + (" ..." if len(ids) > 5 else ""),
-            remedy=nearest(strangers[0], ids),
+            remedy=nearest(strangers[0], ids) if strangers else None,
         )
+    if strangers:
+        console.print(
+            f"{where}: {len(strangers)} rows are of other slides, such as {strangers[0]}", highlight=False, markup=False
+        )
+    return found
 
 
 def refuse_changes(job: SlideJob, record: SlideRecord) -> None:

@@ -26,18 +26,23 @@ def merge_sets(sources: Sequence[Path], out: Path) -> list[SlideRecord]:
         A source is no tile set, the settings differ, or two sets hold different tiles of the same slide.
     """
     folder = SetFolder(out)
-    folder.root.mkdir(parents=True, exist_ok=True)
     parts = [SetFolder(source) for source in sources]
-    for source in parts:
-        folder.claim(source.settings())
+    settings = [source.settings() for source in parts]
+    with folder.writing():
+        folder.root.mkdir(parents=True, exist_ok=True)
+        for told in settings:
+            folder.claim(told)
     for source in parts:
         for record in source.records():
-            _bring(record, source, folder)
+            with folder.taken(record.slide) as work:
+                if work is None:
+                    raise RunError("another process works on this slide", where=folder.root, got=record.slide)
+                _bring(record, source, folder, work)
     finish(folder)
     return folder.records()
 
 
-def _bring(record: SlideRecord, source: SetFolder, folder: SetFolder) -> None:
+def _bring(record: SlideRecord, source: SetFolder, folder: SetFolder, work: Path) -> None:
     slide = record.slide
     if folder.is_done(slide):
         if record.status == "done" and not _same(source.rows(slide), folder.rows(slide)):
@@ -48,13 +53,15 @@ def _bring(record: SlideRecord, source: SetFolder, folder: SetFolder) -> None:
                 remedy="merge sets of different slides, or cut the slide with the same scale and mask",
             )
         return
+    folder.forget(slide)
+    wanted = [(source.record(slide), folder.record(slide))]  # last: it makes the slide finished
     if record.status == "done":
-        for name in record.shards:
-            _link(source.shards / name, folder.shards / name)
-        _link(source.rows(slide), folder.rows(slide))
-        _link(source.thumbnail(slide), folder.thumbnail(slide))
-    with files.atomic_path(folder.record(slide)) as temporary:  # last: it makes the slide finished
-        shutil.copyfile(source.record(slide), temporary)
+        shards = [(source.shards / name, folder.shards / name) for name in record.shards]
+        others = [(part.rows(slide), part.thumbnail(slide)) for part in (source, folder)]
+        wanted = [*shards, *zip(*others, strict=True), *wanted]
+    for number, (there, here) in enumerate(wanted):
+        _link(there, work / str(number))
+        folder.place(work / str(number), here)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -62,10 +69,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_path(target) as temporary:
-        temporary.unlink()
-        try:
-            temporary.hardlink_to(source)
-        except OSError:  # another disk, or a file system without links
-            shutil.copyfile(source, temporary)
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(source, target)

@@ -25,7 +25,7 @@ from histill.tiles.tile_set import Sampling, TileSelection
 __all__ = ["OnlineTiles", "online_notice"]
 
 _TIMED_TILES = 24
-_OPEN_SLIDES = 16
+_OPEN_SLIDES = 8
 """Slides that a thread holds open; each has a cache of decoded blocks."""
 
 
@@ -62,6 +62,13 @@ class OnlineTiles:
         records = {record.slide: record for record in SetFolder(folder).records()}
         for number in selection.slides:
             slide = selection.index.slides[number]
+            if slide not in records:
+                raise DataError(
+                    "this set does not say where its slides are",
+                    where=folder / "parts",
+                    got=f"no record of {slide}",
+                    remedy="copy the folder parts too",
+                )
             path = Path(records[slide].path)
             size = path.stat().st_size if path.is_file() else None
             if not path.exists() or (size is not None and size != records[slide].slide_bytes):
@@ -108,7 +115,7 @@ class OnlineTiles:
             return held[slide][1]
         settings, record = self.selection.settings, self.records[slide]
         assert record.mpp is not None
-        opened = open_slide(Path(record.path), reader=settings["reader"])
+        opened = open_slide(Path(record.path), reader="tiff" if record.reader == "tiff" else "openslide")
         renderer = TileRenderer(
             opened, record.mpp, settings["mpp"], settings["tile_px"], settings["tolerance"], settings["upsample"]
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -67,35 +69,61 @@ def open_tiles(
     DataError
         The folder cannot be used.
     """
-    slides = not is_tile_set(root) and _holds_slides(root)
-    if table is not None and (slides or is_tile_set(root)):
+    kind = _kind_of(root)
+    if table is not None and kind != "images":
         raise ConfigError(
             "a table of tiles is for a folder of images", where="--table", got=table, remedy="leave it out"
         )
-    if slides:
+    if kind == "images" and (sampling != "uniform" or tuple(hold_out_slides)):
+        raise ConfigError(
+            "a folder of images knows no slides",
+            where="--sampling" if sampling != "uniform" else "--hold-out-slides",
+            got=root,
+            remedy="make a tile set with histill tile, or choose the images with --table",
+        )
+    if kind == "slides":
         if index_folder is None:
             raise ConfigError("these are slides", where=root, remedy="make a tile set of them with histill tile")
-        root = _index_of(root, index_folder)
-    if is_tile_set(root):
+        root, kind = _index_of(root, index_folder), "set"
+    if kind == "set":
         return open_set(root, sampling=sampling, hold_out_slides=hold_out_slides)
-    if sampling != "uniform":
-        raise ConfigError(
-            "sampling by slide needs a tile set", where="--sampling", got=root, remedy="make one with histill tile"
-        )
     return ImageFolder.scan(root, table=table, hold_out=hold_out)
 
 
-def _holds_slides(root: Path) -> bool:
-    """Whether this is a slide, or a folder with slides and without a picture (a TIFF may be either: a picture then)."""
+def _kind_of(root: Path) -> Literal["set", "slides", "images"]:
+    """What ``--tiles`` names. A TIFF may be a picture or a slide: below a folder it counts as a picture.
+
+    Raises
+    ------
+    ConfigError
+        Pictures and slides together, or a tile set further down: what is meant is not clear.
+    """
+    if is_tile_set(root):
+        return "set"
     if root.is_file():
-        return root.suffix.lower() in SLIDE_SUFFIXES
-    found = False
-    for path in root.rglob("*"):
-        suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            return False
-        found = found or (suffix in SLIDE_SUFFIXES and not path.name.startswith("."))
-    return found
+        return "slides" if root.suffix.lower() in SLIDE_SUFFIXES else "images"
+    pictures: Path | None = None
+    slides: Path | None = None
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "tileset.json" in names:
+            raise ConfigError(
+                "there is a tile set inside this folder", where=root, got=folder, remedy="give --tiles the set itself"
+            )
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+                pictures = pictures or Path(folder, name)
+            elif suffix in SLIDE_SUFFIXES and not name.startswith("."):
+                slides = slides or Path(folder, name)
+    if pictures and slides:
+        raise ConfigError(
+            "this folder holds pictures and slides",
+            where=root,
+            got=f"{pictures.name} and {slides.name}",
+            remedy="put one of them elsewhere, or cut the slides first: histill tile",
+        )
+    return "slides" if slides else "images"
 
 
 def _index_of(slides: Path, folder: Path) -> Path:

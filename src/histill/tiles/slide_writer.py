@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,6 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from histill import files
-from histill.errors import DataError
 from histill.slides.slide import SlideError
 from histill.tiles.cutting import Cell, SlideJob, SlidePlan, cells, cut, plan_slide
 from histill.tiles.folder import SetFolder, SlideRecord
@@ -80,6 +80,7 @@ def tile_slide(job: SlideJob, folder: SetFolder, work: Path, workers: Workers, p
         found, done = found + further_found, done + further_done
         progress(further_found, further_done)
 
+    folder.forget(job.id)
     try:
         plan = _result(workers.submit(plan_slide, job))
         tell(len(plan.origins_N2), 0)
@@ -96,35 +97,28 @@ def tile_slide(job: SlideJob, folder: SetFolder, work: Path, workers: Workers, p
 def failed(job: SlideJob, folder: SetFolder, work: Path, error: str, seconds: float = 0.0) -> SlideRecord:
     """Record that a slide cannot be used, and why."""
     record = SlideRecord(
-        slide=job.id, path=str(job.path), patient=job.patient, status="failed", error=error, seconds=round(seconds, 2)
+        slide=job.id, path=_text(job.path), patient=job.patient, status="failed", error=error, seconds=round(seconds, 2)
     )
-    folder.rows(job.id).unlink(missing_ok=True)  # of an earlier run, whose record somebody deleted
     _commit(folder, work, record)
     return record
 
 
+def _text(path: Path) -> str:
+    """A path as text that JSON and CSV can hold, also where its name is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _commit(folder: SetFolder, work: Path, record: SlideRecord) -> None:
-    try:
+    with folder.writing():
         files.write_json(work / "record", dataclasses.asdict(record))
         folder.place(work / "record", folder.record(record.slide))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: SetFolder, error: OSError) -> DataError:
-    return DataError(
-        "the tile set cannot be written",
-        where=error.filename or folder.root,
-        got=error.strerror or error,
-        remedy="free some space and run the same command again: finished slides stay",
-    )
 
 
 def _result(future: Future[T]) -> T:
     """Wait for a worker; what it makes of a broken file concerns this slide alone."""
     try:
         return future.result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, CancelledError):
         raise
     except SlideError as error:
         raise _FailedSlideError(str(error)) from error
@@ -155,14 +149,14 @@ def _write(
     tally, shards = _Tally(), list[Path]()
 
     def shard_path(number: int) -> Path:
-        shards.append(work / f"{job.id}-{number:05d}.tar")
+        shards.append(work / folder.shard(job.id, number).name)
         return shards[-1]
 
     with ShardWriter(shard_path, job.config.shard_mb * 10**6) as writer:
         for rows, cell in _cells_in_order(job, plan, workers):
             _take(tally, rows, cell, plan, job, writer)
             tell(0, rows.stop - rows.start)
-    try:
+    with folder.writing():
         present = [path for path in dict.fromkeys(shards) if path.exists()]
         set_bytes = sum(path.stat().st_size for path in present)
         write_index(work / "rows", _table(job, plan, tally), job.config.settings())
@@ -171,11 +165,9 @@ def _write(
             folder.place(path, folder.shards / path.name)
         folder.place(work / "rows", folder.rows(job.id))
         folder.place(work / "thumbnail", folder.thumbnail(job.id))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
     return SlideRecord(
         slide=job.id,
-        path=str(job.path),
+        path=_text(job.path),
         patient=job.patient,
         status="done",
         tiles=len(tally.chosen),

@@ -111,7 +111,8 @@ class TileSelection:
         index = Index.open(folder / "index.parquet")
         _check_index(folder, index, settings)
         left_out = set(hold_out_slides)
-        unknown = sorted(left_out - set(index.slides))
+        absent = left_out - set(index.slides)  # a slide without a tile has a record, and may be named
+        unknown = sorted(slide for slide in absent if not SetFolder(folder).record(slide).exists())
         if unknown:
             raise DataError(
                 "a slide to hold out is not in the tile set",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 
-from histill.errors import DataError, HistillError
+from histill.errors import HistillError
 from histill.tiles.config import TileConfig
 from histill.tiles.cutting import SlideJob
 from histill.tiles.folder import SetFolder, SlideRecord
@@ -53,37 +55,77 @@ def write_tiles(config: TileConfig, console: Console) -> Outcome:
     """
     assert config.out is not None
     folder = SetFolder(config.out)
-    jobs = jobs_of(config)
+    jobs = jobs_of(config, console)
+    cluster = _cluster(config)
+    finished = _claim(folder, config, jobs)
+    outcome = Outcome(there=sum(job.id in finished for job in jobs))
+    todo = [job for job in jobs if job.id not in finished]
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError("the folder cannot be made", where=folder.root, got=error.strerror or error) from None
+        _tile(config, todo, folder, outcome, console, cluster)
+        # Another process had these. Unless it has finished them meanwhile, it may be gone.
+        left = [job for job in todo if job.id in set(outcome.elsewhere) and not folder.is_done(job.id)]
+        if left:
+            outcome.elsewhere.clear()
+            _tile(config, left, folder, outcome, console, cluster)
+    except BaseException:
+        with suppress(OSError, HistillError):  # the first error is the one to show
+            finish(folder)
+        raise
+    finish(folder)
+    return outcome
+
+
+def _claim(folder: SetFolder, config: TileConfig, jobs: Sequence[SlideJob]) -> dict[str, SlideRecord]:
+    """Make the folder ours, and give the records of finished slides; a refusal leaves it as it was."""
+    new = not folder.root.exists()
     try:
-        folder.claim(config.settings())
+        with folder.writing():
+            folder.root.mkdir(parents=True, exist_ok=True)
+            folder.claim(config.settings())
         finished = {record.slide: record for record in folder.records() if record.status == "done"}
         for job in jobs:
             if job.id in finished:
                 refuse_changes(job, finished[job.id])
     except HistillError:
-        folder.tidy()  # a refusal leaves the folder as it was
+        folder.tidy()
+        if new:
+            with suppress(OSError):
+                folder.root.rmdir()
         raise
-    outcome = Outcome(there=sum(job.id in finished for job in jobs))
-    todo = [job for job in jobs if job.id not in finished]
-    try:
-        if config.ray is not None:
-            from histill.tiles.cluster import tile_on_ray
+    return finished
 
-            tile_on_ray(config.ray, config.workers, todo, folder, outcome, console)
-        elif todo:
-            _tile_here(config, todo, folder, outcome, console)
-    finally:
-        finish(folder)
-    return outcome
+
+def _cluster(config: TileConfig) -> Any:
+    """Connect to Ray before anything is written; None without it."""
+    if config.ray is None:
+        return None
+    from histill.tiles.cluster import join_cluster
+
+    return join_cluster(config.ray, config.workers)
+
+
+def _tile(
+    config: TileConfig,
+    todo: Sequence[SlideJob],
+    folder: SetFolder,
+    outcome: Outcome,
+    console: Console,
+    cluster: Any,
+) -> None:
+    if cluster is not None:
+        from histill.tiles.cluster import tile_on_ray
+
+        tile_on_ray(cluster, todo, folder, outcome, console)
+    elif todo:
+        _tile_here(config, todo, folder, outcome, console)
 
 
 def finish(folder: SetFolder) -> None:
     """Write the index and the tables of all slides that are finished, by whichever process."""
     with folder.index_lock():
+        for stray in folder.root.glob(".tmp-*"):  # a killed process's: only the holder of this lock writes here
+            if stray.is_file():
+                stray.unlink(missing_ok=True)
         records = folder.records()
         parts = [folder.rows(record.slide) for record in records if record.status == "done"]
         merge_indexes(parts, folder.index, folder.settings())
@@ -134,15 +176,17 @@ def _tile_here(
                 raise
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
-            _retry_alone(crashed, folder, outcome, bar)
+            _retry_alone(crashed, folder, outcome, bar, pool.count)
     finally:
         pool.close()
 
 
-def _retry_alone(crashed: Sequence[SlideJob], folder: SetFolder, outcome: Outcome, bar: TilingProgress) -> None:
+def _retry_alone(
+    crashed: Sequence[SlideJob], folder: SetFolder, outcome: Outcome, bar: TilingProgress, count: int
+) -> None:
     """Slides that were in flight when a process died: one at a time, so that the guilty one is known."""
     for job in sorted(crashed, key=lambda job: job.id):
-        pool = Pool(1)
+        pool = Pool(count)
         try:
             with folder.taken(job.id) as work:
                 if work is None or folder.is_done(job.id):
