@@ -11,6 +11,7 @@ from PIL import Image
 from histill.slides.open import open_slide
 from histill.slides.slide import SlideError
 from histill.slides.tiff_reader import TiffReader
+from histill.synthetic.aperio import write_aperio
 
 JPEG, JPEG2000, BOXES = "CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs", "boxes.tiff"
 
@@ -150,3 +151,14 @@ def test_a_damaged_directory_gives_a_slide_or_a_slide_error(
             slide.close()
     assert opened > 5
     assert refused > 5
+
+
+def test_a_tall_level_of_uneven_size_is_still_fast(tmp_path: Path) -> None:
+    """OpenSlide interpolates beyond 4,096 px of such a level; that is no reason to read the slide slowly."""
+    rng = np.random.default_rng(0)
+    image = np.full((17_001, 261, 3), 240, np.uint8)
+    image[16_500:] = np.repeat(rng.integers(0, 256, (501, 29, 3), np.uint8), 9, axis=1)  # most bytes: compared first
+    write_aperio(tmp_path / "tall.svs", image, mpp=0.5, levels=(1, 4))
+    slide = open_slide(tmp_path / "tall.svs")
+    assert slide.reader == "tiff"
+    assert slide.levels[1].height == 4250

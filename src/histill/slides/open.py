@@ -27,6 +27,7 @@ _PICTURES = {
 _FAST_VENDORS = ("aperio", "generic-tiff")
 _AGREEING, _SAMPLES, _SAMPLE_PX = 4, 24, 1_500_000
 _JPEG2000_LEVELS = 2
+_PIECE_PX = 4096  # OpenSlide reads a larger region in pieces of this side, and interpolates from the second on
 
 
 def open_slide(path: Path, *, reader: Literal["auto", "openslide", "tiff"] = "auto") -> Slide:
@@ -199,9 +200,11 @@ def _comparable(fast: TiffReader, slow: OpenSlideReader, level: int) -> Iterator
     x, left = _exact_starts(stored.width, stored.block_width, slow.downsamples[level])
     y, top = _exact_starts(stored.height, stored.block_height, slow.downsamples[level])
     width, height = np.minimum(stored.block_width, stored.width - x), np.minimum(stored.block_height, stored.height - y)
-    area_RC = (y + height - top)[:, None] * (x + width - left)[None, :]
+    high, wide = y + height - top, x + width - left
+    area_RC = high[:, None] * wide[None, :]
     bytes_RC = np.array(stored.counts).reshape(area_RC.shape)
     small_RC = area_RC <= max(_SAMPLE_PX, stored.block_width * stored.block_height)
+    small_RC &= (high[:, None] <= _PIECE_PX) & (wide[None, :] <= _PIECE_PX)
     usable = np.flatnonzero(small_RC & (bytes_RC > 0))
     usable = usable[np.argsort(-bytes_RC.ravel()[usable], kind="stable")]
     picks = np.unique(np.linspace(0, len(usable) - 1, min(len(usable), _SAMPLES)).astype(np.int64))

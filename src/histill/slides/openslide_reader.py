@@ -29,7 +29,7 @@ from histill.slides.slide import (
 
 __all__ = ["EXACT_PX", "OpenSlideReader", "level0_start"]
 
-EXACT_PX = 1 / 512
+EXACT_PX = 1 / 1024
 """A region's corner this near to a whole level pixel gives that level's stored pixels (tested; OpenSlide paints with
 7 bits of a pixel)."""
 _ANCHOR_REACH = 64
