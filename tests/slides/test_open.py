@@ -156,8 +156,10 @@ def test_a_damaged_directory_gives_a_slide_or_a_slide_error(
 def test_a_tall_level_of_uneven_size_is_still_fast(tmp_path: Path) -> None:
     """OpenSlide interpolates beyond 4,096 px of such a level; that is no reason to read the slide slowly."""
     rng = np.random.default_rng(0)
-    image = np.full((17_001, 261, 3), 240, np.uint8)
-    image[16_500:] = np.repeat(rng.integers(0, 256, (501, 29, 3), np.uint8), 9, axis=1)  # most bytes: compared first
+    image = np.full((17_001, 262, 3), 240, np.uint8)
+    image[16_500:, :261] = np.repeat(
+        rng.integers(0, 256, (501, 29, 3), np.uint8), 9, axis=1
+    )  # most bytes: compared first
     write_aperio(tmp_path / "tall.svs", image, mpp=0.5, levels=(1, 4))
     slide = open_slide(tmp_path / "tall.svs")
     assert slide.reader == "tiff"
