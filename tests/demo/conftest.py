@@ -24,6 +24,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr(socket, "getaddrinfo", _no_network)
         patch.setattr(measure, "speeds", functools.partial(measure.speeds, rounds=3))
-        report = demo(DemoConfig(out=out, minutes=0.02, slides=6), console=Console(quiet=True))
+        report = demo(DemoConfig(out=out, steps=2, slides=6), console=Console(quiet=True))
     assert report == out / "report.html"
     return out

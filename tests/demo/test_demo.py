@@ -38,7 +38,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 def _tiny(out: Path, **changed: Any) -> DemoConfig:
-    return dataclasses.replace(DemoConfig(out=out, minutes=0.02, slides=6), **changed)
+    return dataclasses.replace(DemoConfig(out=out, steps=2, slides=6), **changed)
 
 
 def _rows(table: Path) -> list[dict[str, str]]:
@@ -270,7 +270,7 @@ def test_the_commands_for_real_tissue_are_understood(page: Page) -> None:
 
 def test_a_finished_demo_says_so_and_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
-    assert command.run(["--out", str(finished), "--minutes", "0.02", "--slides", "6"]) == 0
+    assert command.run(["--out", str(finished), "--steps", "2", "--slides", "6"]) == 0
     seen = capsys.readouterr()
     assert "finished already" in seen.err
     assert seen.out == f"report: {finished / 'report.html'}\n"
@@ -365,22 +365,11 @@ def test_a_demo_that_is_stopped_says_how_to_go_on(
 # ------------------------------------------------------------------ settings
 
 
-def test_training_gets_what_the_rest_leaves(tmp_path: Path) -> None:
-    config = DemoConfig(out=tmp_path)
-    assert distill_config(config, 40.0, ()).minutes == pytest.approx((210 - 40 - 20) / 60)
-    assert distill_config(config, 500.0, ()).minutes == pytest.approx(0.3 * 3.5), (
-        "slow drawing does not starve training"
-    )
-    assert (
-        dataclasses.replace(config, minutes=1e-6).minutes
-        < distill_config(dataclasses.replace(config, minutes=1e-6), 9.0, ()).minutes
-    )
-
-
 def test_the_distillation_is_the_preset_with_token_losses(tmp_path: Path) -> None:
-    told = distill_config(DemoConfig(out=tmp_path, seed=3), 0.0, ("slide-002",))
+    told = distill_config(DemoConfig(out=tmp_path, seed=3), ("slide-002",))
     weights = {name: getattr(told.objective, name) for name in ("dino", "ibot", "token_cls", "token_patch")}
     assert weights == dict.fromkeys(weights, 1.0)
+    assert (told.steps, told.minutes) == (256, 0.0)
     assert (told.views.global_px, told.student, told.seed) == (112, "vit-nano", 3)
     assert (told.tiles, told.table, told.hold_out_slides) == (tmp_path / "tiles", None, ("slide-002",))
     assert told.checks.tables == (tmp_path / "checks" / "labels.csv", tmp_path / "checks" / "paired.csv")
@@ -388,7 +377,7 @@ def test_the_distillation_is_the_preset_with_token_losses(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
-    [("--slides", "5", "6 or more"), ("--minutes", "0", "above 0"), ("--seed", "-1", "0 or more")],
+    [("--slides", "5", "6 or more"), ("--steps", "0", "1 or more"), ("--seed", "-1", "0 or more")],
 )
 def test_settings_out_of_range_are_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, allowed: str

@@ -28,8 +28,8 @@ class DemoConfig:
 
     out: Path = Path("histill-demo")
     """Folder of the demo: a new or empty one, or that of a demo that was cut short, which then goes on."""
-    minutes: float = 3.5
-    """Length of the whole demo in minutes; training gets what drawing, checks and the report leave of it."""
+    steps: int = 256
+    """Training steps: the same result everywhere, sooner or later."""
     seed: int = 0
     """Seed of everything that is drawn, tissue and training."""
     slides: int = 18
@@ -38,7 +38,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         """Check each field."""
         for name, holds, allowed in (
-            ("minutes", self.minutes > 0, "above 0"),
+            ("steps", self.steps >= 1, "1 or more"),
             ("seed", self.seed >= 0, "0 or more"),
             ("slides", self.slides >= _FEWEST_SLIDES, f"{_FEWEST_SLIDES} or more"),
         ):

@@ -32,9 +32,6 @@ __all__ = ["TEACHER", "demo", "distill_config"]
 TEACHER = Path(__file__).parent / "assets" / "teacher"
 """The teacher that ships with the package: a model bundle."""
 
-_AFTER_SECONDS = 20.0  # what measuring and reporting take on 2 cores
-_LEAST_SHARE = 0.3  # of the demo's length that training gets, however long drawing took
-
 
 class _Stages:
     """Announces each stage and keeps its seconds."""
@@ -102,7 +99,7 @@ def _run(config: DemoConfig, stages: _Stages, started: float, resumed: bool) -> 
     with stages.stage(2, f"distilling the demo's teacher into a {STUDENT}"):
         from histill.distill.run import distill  # torch: only now, so that the first stage shows at once
 
-        told = distill_config(config, time.monotonic() - started, prepare.held_out_slides(folder / "slides"))
+        told = distill_config(config, prepare.held_out_slides(folder / "slides"))
         summary = distill(told, console=console)
     if summary is None:
         return None
@@ -195,8 +192,8 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 # ------------------------------------------------------------------ the stages
 
 
-def distill_config(config: DemoConfig, spent_seconds: float, hold_out_slides: Sequence[str]) -> DistillConfig:
-    """The preset `cpu` with token losses, for as long as the demo still has; a run that is there keeps its own."""
+def distill_config(config: DemoConfig, hold_out_slides: Sequence[str]) -> DistillConfig:
+    """The preset `cpu` with token losses; a run that is there keeps its own."""
     folder = config.out / "run"
     if (folder / "config.json").exists():
         there = configs.load(DistillConfig, folder / "config.json")
@@ -209,8 +206,6 @@ def distill_config(config: DemoConfig, spent_seconds: float, hold_out_slides: Se
             )
         return there
     base = PRESETS["cpu"]
-    whole = 60 * config.minutes
-    seconds = max(whole - spent_seconds - _AFTER_SECONDS, _LEAST_SHARE * whole)
     changed: dict[str, Any] = {
         "teacher": f"local-dir:{TEACHER}",
         "student": STUDENT,
@@ -220,7 +215,7 @@ def distill_config(config: DemoConfig, spent_seconds: float, hold_out_slides: Se
             base.checks, tables=tuple(config.out / "checks" / name for name in (LABELS_CSV, PAIRED_CSV))
         ),
         "out": folder,
-        "minutes": round(seconds / 60, 3) or 0.001,
+        "steps": config.steps,
         "seed": config.seed,
         "device": "cpu",  # the same demo everywhere
         "views": dataclasses.replace(base.views, global_px=GLOBAL_PX, local_px=LOCAL_PX),
