@@ -279,7 +279,7 @@ def test_features_need_no_encoder(data: Path, tmp_path: Path) -> None:
         rows = np.hstack([places, scene + 0.01 * rng.normal(size=scene.shape)]).astype(np.float32)
         np.save(tmp_path / "mine" / name / "features.npy", rows)
     features = ["--features", str(tmp_path / "mine"), "--n-tiles", "all", "--out", str(tmp_path / "out")]
-    assert run("plism", *features) == 0
+    assert main(["evaluate", "plism", *features, "--device", "cpu"]) == 0
     folder = tmp_path / "out" / "plism" / "mine__as-extracted"
     result = read_result(folder)
     assert result.encoder == "mine"
@@ -592,3 +592,12 @@ def test_every_benchmark_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             main(["evaluate", name, "--help"])
         assert stop.value.code == 0
         assert "--encoder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [("--pooling", "cls"), ("--input-px", "112"), ("--precision", "fp32")])
+def test_an_option_of_the_encoder_is_refused_beside_features(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "plism", "--features", str(tmp_path), "--out", str(tmp_path / "out"), *option]) == 1
+    assert option[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -82,6 +82,7 @@ class PlismConfig(EncoderConfig):
     def require_complete(self) -> None:
         """Refuse a command that lacks its data or its encoder."""
         self.require_out()
+        _no_encoder_options(self, self.features)
         _features_or_encoder(self.encoder, self.root, self.features, root_too=False)
 
 
@@ -155,6 +156,7 @@ class PathorobConfig(EncoderConfig):
     def require_complete(self) -> None:
         """Refuse a command that lacks its data or its encoder."""
         self.require_out()
+        _no_encoder_options(self, self.features)
         _features_or_encoder(self.encoder, self.root, self.features, root_too=True)
 
 
@@ -224,6 +226,15 @@ def _at_least(config: object, name: str, least: int) -> None:
 def _named(value: object, where: str, what: str) -> None:
     if not value:
         raise ConfigError(f"{what} is needed", where=where, remedy=f"add {where}; see --help")
+
+
+def _no_encoder_options(config: EncoderConfig, features: Path | None) -> None:
+    """Features are as they were extracted: an option of the encoder would change nothing, and must not seem to."""
+    plain = EncoderConfig()
+    given = [name for name in ("pooling", "input_px", "precision") if getattr(config, name) != getattr(plain, name)]
+    if features is not None and given:
+        where = f"--{given[0].replace('_', '-')}"
+        raise ConfigError("features are given, which this option cannot change", where=where, remedy="leave it out")
 
 
 def _features_or_encoder(encoder: tuple[str, ...], root: Path | None, features: Path | None, *, root_too: bool) -> None:
