@@ -15,10 +15,13 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("histill.demo.command", "a small distillation on drawn tissue, offline, with a report"),
     "distill": ("histill.distill.command", "teach a small student from a large frozen teacher"),
+    "extract": ("histill.extract.command", "turn slides into feature files that MIL tools read"),
     "evaluate": ("histill.evaluate.command", "score encoders: PLISM, HEST, EVA, PathoROB, your own tiles"),
     "tile": ("histill.tiles.command", "cut slides into a tile set for training"),
     "calibrate": ("histill.distill.calibrate_command", "fold a standardisation into a finished student"),
     "report": ("histill.evaluate.report.command", "the results of all benchmarks on one page that opens offline"),
+    "export": ("histill.export.command", "a verified model for onnxruntime or OpenVINO, int8, or the hub"),
+    "bench": ("histill.export.bench_command", "speed, latency, memory of models and engines, in turns"),
     "models": ("histill.models.command", "the known teachers and students, their licences and sizes"),
 }
 

@@ -79,6 +79,11 @@ class TileRenderer:
         self._step_x = mpp / slide_mpp / level.downsample_x
         self._step_y = mpp / slide_mpp / level.downsample_y
 
+    def holds(self, x: int, y: int) -> bool:
+        """Whether a tile at these level-0 pixels lies wholly inside the slide."""
+        full, reach = self.slide.levels[0], self.extent_px - _ROUNDING_PX
+        return x >= 0 and y >= 0 and x + reach <= full.width and y + reach <= full.height
+
     def read(self, x: int, y: int) -> NDArray[np.uint8]:
         """Render one tile.
 
@@ -102,9 +107,9 @@ class TileRenderer:
         ValueError
             When the tile leaves the slide.
         """
-        full, level = self.slide.levels[0], self.slide.levels[self.level]
-        reach = self.extent_px - _ROUNDING_PX
-        if x < 0 or y < 0 or x + reach > full.width or y + reach > full.height:
+        level = self.slide.levels[self.level]
+        if not self.holds(x, y):
+            full = self.slide.levels[0]
             raise ValueError(
                 f"a tile of {self.extent_px} px at ({x}, {y}) leaves a slide of {full.width} x {full.height}"
             )

@@ -1,10 +1,10 @@
-"""Tiling on a Ray cluster: one slide, one task, tried again on another node when a node dies."""
+"""Work on a Ray cluster: one slide, one task, tried again on another node when a node dies."""
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,12 +14,16 @@ from histill.tiles.cutting import SlideJob
 from histill.tiles.folder import SetFolder, SlideRecord
 from histill.tiles.pool import InProcess
 from histill.tiles.progress import TilingProgress
+from histill.tiles.slide_folder import SlideFolder
 from histill.tiles.slide_writer import failed, tile_slide
 
 if TYPE_CHECKING:
     from histill.tiles.write import Outcome
 
-__all__ = ["join_cluster", "tile_on_ray"]
+__all__ = ["OneSlide", "join_cluster", "slides_on_ray", "tile_on_ray"]
+
+OneSlide = Callable[[SlideJob, Any], SlideRecord | None]
+"""What a task does, in a folder; None when another process has the slide."""
 
 _RETRIES = 3
 _CONNECT_SECONDS = 10
@@ -89,24 +93,52 @@ def tile_on_ray(ray: Any, todo: Sequence[SlideJob], folder: SetFolder, outcome: 
     console
         For progress.
     """
-    # Numerical libraries inside a task must not each take all cores of a node: Ray sees to that.
-    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_one_slide)
+    with TilingProgress(console, len(todo)) as bar:
+        slides_on_ray(ray, _one_slide, todo, folder, outcome, bar)
+
+
+def slides_on_ray(
+    ray: Any,
+    one_slide: OneSlide,
+    todo: Sequence[SlideJob],
+    folder: SlideFolder,
+    outcome: Outcome,
+    bar: TilingProgress,
+    *,
+    num_cpus: int = 1,
+    num_gpus: int = 0,
+) -> None:
+    """Do something to slides as tasks of a Ray cluster.
+
+    Parameters
+    ----------
+    ray
+        What :func:`join_cluster` gave.
+    one_slide
+        What each task does.
+    todo, folder, outcome
+        As for :func:`tile_on_ray`.
+    bar
+        For progress.
+    num_cpus, num_gpus
+        What a task needs. Numerical libraries inside it take no more threads than that: Ray sees to it.
+    """
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES)(one_slide)
     where = ray.put(folder)
     waiting: dict[Any, SlideJob] = {task.remote(job, where): job for job in todo}
-    with TilingProgress(console, len(todo)) as bar:
-        while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1)
-            job = waiting.pop(ready[0])
-            try:
-                record = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:  # raised by our own code
-                raise error.cause from None
-            except ray.exceptions.RayError as error:  # the worker, its node or its memory is gone
-                with folder.taken(job.id) as work:
-                    record = None if work is None else failed(job, folder, work, f"{_CRASHED} ({error})")
-            if record is None:
-                outcome.elsewhere.append(job.id)
-                continue
-            bar.tell(record.tissue_tiles, record.tissue_tiles)
-            outcome.add(record)
-            bar.slide(record)
+    while waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=1)
+        job = waiting.pop(ready[0])
+        try:
+            record = ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:  # raised by our own code
+            raise error.cause from None
+        except ray.exceptions.RayError as error:  # the worker, its node or its memory is gone
+            with folder.taken(job.id) as work:
+                record = None if work is None else failed(job, folder, work, f"{_CRASHED} ({error})")
+        if record is None:
+            outcome.elsewhere.append(job.id)
+            continue
+        bar.tell(record.tissue_tiles, record.tissue_tiles)
+        outcome.add(record)
+        bar.slide(record)

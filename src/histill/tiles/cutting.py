@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -16,18 +17,20 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from histill.slides.coordinates import Coordinates, read_coordinates
 from histill.slides.grid import tile_origins, tissue_shares
 from histill.slides.masks import read_mask
 from histill.slides.open import open_slide
-from histill.slides.quality import rejected
+from histill.slides.outlines import Polygon, mask_polygons
+from histill.slides.quality import Fault, rejected
 from histill.slides.render import TileRenderer
 from histill.slides.resample import area_resample
 from histill.slides.scale import resolve_scale
-from histill.slides.slide import Slide, UnreadableRegionError
+from histill.slides.slide import Level, Slide, UnreadableRegionError
 from histill.slides.tissue import tissue_mask
 from histill.tiles.config import TileConfig
 
-__all__ = ["Cell", "SlideJob", "SlidePlan", "cells", "cut", "mask_name", "plan_slide"]
+__all__ = ["Cell", "Reader", "Rendered", "SlideJob", "SlidePlan", "cells", "cut", "mask_name", "plan_slide", "rendered"]
 
 Reader = Literal["auto", "openslide", "tiff"]
 
@@ -50,6 +53,10 @@ class SlideJob:
     mask: Path | None = None
     """A tissue mask in place of Otsu's."""
     patient: str | None = None
+    coords: Path | None = None
+    """Coordinates that another tool made, in place of the grid and the share of tissue."""
+    outline: bool = False
+    """Whether the outline of the tissue is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +75,12 @@ class SlidePlan:
     """Level that tiles are read from."""
     extent_px: float
     """Side of a tile in level-0 pixels."""
+    tile_mpp: float
+    """Scale of the tiles: the one that was asked for, or what coordinates made elsewhere come to."""
     reader: Reader
     vendor: str
     mask: str
-    """otsu, or the mask's file name and the start of its SHA-256."""
+    """What settled the tiles: otsu, or the name and the start of the SHA-256 of a mask or of coordinates."""
     grid_tiles: int
     """Tiles of the grid, with and without tissue."""
     origins_N2: NDArray[np.int64]
@@ -80,7 +89,27 @@ class SlidePlan:
     """Their shares of tissue."""
     cell_N: NDArray[np.int64]
     """Number of the cell that each lies in, ascending."""
+    order_N: NDArray[np.int64]
+    """Place of each in the grid's order (row by row), or in that of the coordinates that were given."""
     thumbnail_HW3: NDArray[np.uint8]
+    outline: list[Polygon]
+    """Of the tissue in mask pixels, where it was asked for."""
+    mask_width: int
+    """Size of the mask, pixels."""
+    mask_height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rendered:
+    """One tile, or why there is none."""
+
+    number: int
+    """Which of the tiles that were asked for."""
+    tile_HW3: NDArray[np.uint8] | None = None
+    fault: Fault | None = None
+    """The quality filter that leaves it out."""
+    unreadable: str | None = None
+    """Why its pixels cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +155,15 @@ def plan_slide(job: SlideJob) -> SlidePlan:
     Raises
     ------
     SlideError
-        The slide cannot be opened, has no scale, is coarser than wanted, or its mask does not fit.
+        The slide cannot be opened, has no scale, is coarser than wanted, or its mask or coordinates do not fit.
     """
     config, slide = job.config, _opened.get(job.path, job.config.reader)
     scale = resolve_scale(
         slide.scale_facts, override=job.override_mpp, trust_tiff=config.trust_tiff_resolution, where=job.path
     )
-    renderer = TileRenderer(slide, scale.mpp, config.mpp, config.tile_px, config.tolerance, config.upsample)
+    given = read_coordinates(job.coords, slide) if job.coords is not None else None
+    tile_mpp = config.mpp if given is None else scale.mpp * given.extent_px / config.tile_px
+    renderer = TileRenderer(slide, scale.mpp, tile_mpp, config.tile_px, config.tolerance, config.upsample)
     full = slide.levels[0]
     longest = max(full.width, full.height)
     small = slide.thumbnail(max(1, round(longest * scale.mpp / config.tissue.mpp)))
@@ -145,11 +176,10 @@ def plan_slide(job: SlideJob) -> SlidePlan:
     else:
         mask_HW = read_mask(job.mask, full.width, full.height, width, height)
         told = mask_name(job.mask)
+    if job.coords is not None:
+        told = mask_name(job.coords)
     stride_px = renderer.extent_px * config.stride / config.tile_px
-    origins_N2 = tile_origins(full.width, full.height, renderer.extent_px, stride_px)
-    tissue_N = tissue_shares(mask_HW, full.width, full.height, origins_N2, renderer.extent_px)
-    with_tissue_N = (tissue_N >= config.tissue_min) & (tissue_N > 0)
-    chosen_N2, tissue_N = origins_N2[with_tissue_N], tissue_N[with_tissue_N]
+    grid_tiles, chosen_N2, tissue_N = _places(config, given, mask_HW, full, renderer.extent_px, stride_px)
     column_N, row_N = np.rint(chosen_N2 / stride_px).astype(np.int64).T // _CELL_SIDE
     cell_N = row_N * (1 << 32) + column_N
     order_N = np.argsort(cell_N, kind="stable")
@@ -161,15 +191,38 @@ def plan_slide(job: SlideJob) -> SlidePlan:
         mpp_source=scale.source,
         level=renderer.level,
         extent_px=renderer.extent_px,
+        tile_mpp=tile_mpp,
         reader=cast(Reader, slide.reader),
         vendor=slide.vendor,
         mask=told,
-        grid_tiles=len(origins_N2),
+        grid_tiles=grid_tiles,
         origins_N2=chosen_N2[order_N],
         tissue_N=tissue_N[order_N],
         cell_N=cell_N[order_N],
+        order_N=order_N,
         thumbnail_HW3=_picture(slide, small.image_HW3),
+        outline=mask_polygons(mask_HW) if job.outline else [],
+        mask_width=width,
+        mask_height=height,
     )
+
+
+def _places(
+    config: TileConfig,
+    given: Coordinates | None,
+    mask_HW: NDArray[np.bool_],
+    full: Level,
+    extent_px: float,
+    stride_px: float,
+) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
+    """How many tiles there are, and place and share of tissue of those to cut: all that were given, in their order."""
+    if given is not None:
+        tissue_N = tissue_shares(mask_HW, full.width, full.height, given.origins_N2, extent_px)
+        return len(given.origins_N2), given.origins_N2, tissue_N
+    origins_N2 = tile_origins(full.width, full.height, extent_px, stride_px)
+    tissue_N = tissue_shares(mask_HW, full.width, full.height, origins_N2, extent_px)
+    with_tissue_N = (tissue_N >= config.tissue_min) & (tissue_N > 0)
+    return len(origins_N2), origins_N2[with_tissue_N], tissue_N[with_tissue_N]
 
 
 def _picture(slide: Slide, small_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -203,23 +256,38 @@ def cells(plan: SlidePlan) -> list[slice]:
     return [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
 
 
-def cut(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.int64]) -> Cell:
-    """Render, judge and encode the tiles at some origins; ``reader`` and ``mpp`` are the plan's."""
+def rendered(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.int64]) -> Iterator[Rendered]:
+    """Render and judge the tiles at some origins, one by one; ``reader`` and ``mpp`` are the plan's.
+
+    Tiles that were placed by another tool are not judged, and may reach beyond the slide: what is there cannot be read.
+    """
     config, slide = job.config, _opened.get(job.path, reader)
     renderer = TileRenderer(slide, mpp, config.mpp, config.tile_px, config.tolerance, config.upsample)
-    kept, images, reasons, unreadable = [], [], Counter[str](), []
     for number, (x, y) in enumerate(origins_N2.tolist()):
+        if job.coords is not None and not renderer.holds(x, y):
+            yield Rendered(number=number, unreadable="the tile reaches beyond the slide")
+            continue
         try:
             tile_HW3 = renderer.read(x, y)
         except UnreadableRegionError as error:
-            unreadable.append((number, str(error).replace("\n", ";")))
+            yield Rendered(number=number, unreadable=str(error).replace("\n", ";"))
             continue
-        reason = rejected(tile_HW3, config.quality, config.mpp)
-        if reason is not None:
-            reasons[reason] += 1
-            continue
-        kept.append(number)
-        images.append(_encode(tile_HW3, config))
+        fault = None if job.coords is not None else rejected(tile_HW3, config.quality, config.mpp)
+        yield Rendered(number=number, tile_HW3=None if fault else tile_HW3, fault=fault)
+
+
+def cut(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.int64]) -> Cell:
+    """Render, judge and encode the tiles at some origins; ``reader`` and ``mpp`` are the plan's."""
+    kept, images, reasons, unreadable = [], [], Counter[str](), []
+    for tile in rendered(job, reader, mpp, origins_N2):
+        if tile.unreadable is not None:
+            unreadable.append((tile.number, tile.unreadable))
+        elif tile.fault is not None:
+            reasons[tile.fault] += 1
+        else:
+            assert tile.tile_HW3 is not None
+            kept.append(tile.number)
+            images.append(_encode(tile.tile_HW3, job.config))
     return Cell(kept=tuple(kept), images=tuple(images), rejected=dict(reasons), unreadable=tuple(unreadable))
 
 

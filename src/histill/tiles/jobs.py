@@ -149,9 +149,10 @@ def refuse_changes(job: SlideJob, record: SlideRecord) -> None:
     RunError
         Its file, its scale, its mask or its patient changed since its tiles were cut.
     """
+    settled_by = job.coords or job.mask
     wanted: list[tuple[str, object, object]] = [
         ("patient", job.patient, record.patient),
-        ("mask", mask_name(job.mask) if job.mask else "otsu", record.mask),
+        ("mask or coordinates", mask_name(settled_by) if settled_by else "otsu", record.mask),
     ]
     if job.override_mpp is not None:
         wanted.append(("mpp", job.override_mpp, record.mpp))
@@ -162,7 +163,7 @@ def refuse_changes(job: SlideJob, record: SlideRecord) -> None:
     for name, now, then in wanted:
         if now != then:
             raise RunError(
-                f"slide {job.id} was tiled with another {name}",
+                f"slide {job.id} was done with another {name}",
                 got=f"{then} then, {now} now",
-                remedy=f"give another --out, or delete parts/{job.id}.json there to cut this slide again",
+                remedy=f"give another --out, or delete parts/{job.id}.json there to do this slide again",
             )

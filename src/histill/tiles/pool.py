@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar
+
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 __all__ = ["BrokenProcessPool", "InProcess", "Pool", "Workers", "cores"]
 
@@ -76,13 +79,15 @@ class Pool:
 
 
 def _begin() -> None:
-    """Make a worker of this process, before it imports NumPy.
+    """Make a worker of this process.
 
     One thread: there is a process for each core already, and threads of a matrix product that wait for each other
     tripled the CPU time. And it ends when its parent is gone: after kill -9 the pool's own pipes would keep it waiting
     for ever.
     """
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    if "numpy" in sys.modules:  # by the caller's script, which a spawned process imports first: too late for those
+        threadpool_limits(1)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""How far tiling has come: slides, tiles, rate and the time that is left."""
+"""How far a command has come: slides, tiles, rate and the time that is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from histill.tiles.folder import SlideRecord
+from histill.tiles.slide_folder import SlideRecord
 
 __all__ = ["TilingProgress"]
 
@@ -17,7 +17,7 @@ __all__ = ["TilingProgress"]
 class TilingProgress:
     """A bar on a terminal, a line a slide elsewhere. Safe to tell from many threads."""
 
-    def __init__(self, console: Console, slides: int) -> None:
+    def __init__(self, console: Console, slides: int, task: str = "tiling") -> None:
         self._console, self._slides = console, slides
         self._mutex, self._began = threading.Lock(), time.monotonic()
         self._finished = self._opened = self._found = self._done = 0
@@ -33,7 +33,7 @@ class TilingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("tiling", total=slides, rate="", eta="")
+        self._task = self._bar.add_task(task, total=slides, rate="", eta="")
 
     def __enter__(self) -> TilingProgress:
         self._bar.start()

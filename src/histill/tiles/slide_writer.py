@@ -20,12 +20,13 @@ from PIL import Image, ImageDraw
 from histill import files
 from histill.slides.slide import SlideError
 from histill.tiles.cutting import Cell, SlideJob, SlidePlan, cells, cut, plan_slide
-from histill.tiles.folder import SetFolder, SlideRecord
+from histill.tiles.folder import SetFolder
 from histill.tiles.index import SCHEMA, write_index
 from histill.tiles.pool import BrokenProcessPool, Workers
 from histill.tiles.shards import ShardWriter, slide_key
+from histill.tiles.slide_folder import SlideFolder, SlideRecord
 
-__all__ = ["Progress", "failed", "tile_slide"]
+__all__ = ["FailedSlideError", "Progress", "commit", "failed", "path_text", "result_of", "tile_slide"]
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -35,7 +36,7 @@ _KEPT_RGB = (0, 120, 70)
 _THUMBNAIL_QUALITY = 85
 
 
-class _FailedSlideError(Exception):
+class FailedSlideError(Exception):
     """A slide cannot be used; the others go on."""
 
 
@@ -82,48 +83,54 @@ def tile_slide(job: SlideJob, folder: SetFolder, work: Path, workers: Workers, p
 
     folder.forget(job.id)
     try:
-        plan = _result(workers.submit(plan_slide, job))
+        plan = result_of(workers.submit(plan_slide, job))
         tell(len(plan.origins_N2), 0)
         record = _write(job, plan, folder, work, workers, tell)
-    except _FailedSlideError as error:
+    except FailedSlideError as error:
         return failed(job, folder, work, str(error), time.monotonic() - began)
     finally:
         tell(done - found, 0)  # of a slide that fails midway the rest will not come
     record = dataclasses.replace(record, seconds=round(time.monotonic() - began, 2))
-    _commit(folder, work, record)
+    commit(folder, work, record)
     return record
 
 
-def failed(job: SlideJob, folder: SetFolder, work: Path, error: str, seconds: float = 0.0) -> SlideRecord:
+def failed(job: SlideJob, folder: SlideFolder, work: Path, error: str, seconds: float = 0.0) -> SlideRecord:
     """Record that a slide cannot be used, and why."""
     record = SlideRecord(
-        slide=job.id, path=_text(job.path), patient=job.patient, status="failed", error=error, seconds=round(seconds, 2)
+        slide=job.id,
+        path=path_text(job.path),
+        patient=job.patient,
+        status="failed",
+        error=error,
+        seconds=round(seconds, 2),
     )
-    _commit(folder, work, record)
+    commit(folder, work, record)
     return record
 
 
-def _text(path: Path) -> str:
+def path_text(path: Path) -> str:
     """A path as text that JSON and CSV can hold, also where its name is not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _commit(folder: SetFolder, work: Path, record: SlideRecord) -> None:
+def commit(folder: SlideFolder, work: Path, record: SlideRecord) -> None:
+    """Write a slide's record: with it the slide is finished."""
     with folder.writing():
         files.write_json(work / "record", dataclasses.asdict(record))
         folder.place(work / "record", folder.record(record.slide))
 
 
-def _result(future: Future[T]) -> T:
+def result_of(future: Future[T]) -> T:
     """Wait for a worker; what it makes of a broken file concerns this slide alone."""
     try:
         return future.result()
     except (BrokenProcessPool, CancelledError):
         raise
     except SlideError as error:
-        raise _FailedSlideError(str(error)) from error
+        raise FailedSlideError(str(error)) from error
     except Exception as error:
-        raise _FailedSlideError(f"{type(error).__name__}: {error}") from error
+        raise FailedSlideError(f"{type(error).__name__}: {error}") from error
 
 
 def _cells_in_order(job: SlideJob, plan: SlidePlan, workers: Workers) -> Iterator[tuple[slice, Cell]]:
@@ -134,10 +141,10 @@ def _cells_in_order(job: SlideJob, plan: SlidePlan, workers: Workers) -> Iterato
             waiting.append((rows, workers.submit(cut, job, plan.reader, plan.mpp, plan.origins_N2[rows])))
             if len(waiting) > 2 * workers.count:
                 rows, future = waiting.popleft()
-                yield rows, _result(future)
+                yield rows, result_of(future)
         while waiting:
             rows, future = waiting.popleft()
-            yield rows, _result(future)
+            yield rows, result_of(future)
     finally:
         for _, future in waiting:
             future.cancel()
@@ -167,7 +174,7 @@ def _write(
         folder.place(work / "thumbnail", folder.thumbnail(job.id))
     return SlideRecord(
         slide=job.id,
-        path=_text(job.path),
+        path=path_text(job.path),
         patient=job.patient,
         status="done",
         tiles=len(tally.chosen),

@@ -14,19 +14,21 @@ from rich.console import Console
 from histill.errors import HistillError
 from histill.tiles.config import TileConfig
 from histill.tiles.cutting import SlideJob
-from histill.tiles.folder import SetFolder, SlideRecord
+from histill.tiles.folder import SetFolder
 from histill.tiles.index import merge_indexes
 from histill.tiles.jobs import jobs_of, refuse_changes
 from histill.tiles.pool import BrokenProcessPool, Pool, cores
 from histill.tiles.progress import TilingProgress
+from histill.tiles.slide_folder import SlideFolder, SlideRecord
 from histill.tiles.slide_writer import failed, tile_slide
 
-__all__ = ["Outcome", "finish", "write_tiles"]
+__all__ = ["CRASHED", "Outcome", "claim", "finish", "write_tiles"]
 
-_CRASHED = (
+CRASHED = (
     "a worker process died while it read this slide, and again when it read it alone: a damaged file, or too little "
     "memory (dmesg tells)"
 )
+"""The error of a slide that kills its reader."""
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ def write_tiles(config: TileConfig, console: Console) -> Outcome:
     folder = SetFolder(config.out)
     jobs = jobs_of(config, console)
     cluster = _cluster(config)
-    finished = _claim(folder, config, jobs)
+    finished = claim(folder, config.settings(), jobs)
     outcome = Outcome(there=sum(job.id in finished for job in jobs))
     todo = [job for job in jobs if job.id not in finished]
     try:
@@ -75,13 +77,13 @@ def write_tiles(config: TileConfig, console: Console) -> Outcome:
     return outcome
 
 
-def _claim(folder: SetFolder, config: TileConfig, jobs: Sequence[SlideJob]) -> dict[str, SlideRecord]:
+def claim(folder: SlideFolder, settings: dict[str, Any], jobs: Sequence[SlideJob]) -> dict[str, SlideRecord]:
     """Make the folder ours, and give the records of finished slides; a refusal leaves it as it was."""
     new = not folder.root.exists()
     try:
         with folder.writing():
             folder.root.mkdir(parents=True, exist_ok=True)
-            folder.claim(config.settings())
+            folder.claim(settings)
         finished = {record.slide: record for record in folder.records() if record.status == "done"}
         for job in jobs:
             if job.id in finished:
@@ -195,7 +197,7 @@ def _retry_alone(
                 try:
                     record = tile_slide(job, folder, work, pool, bar.tell)
                 except BrokenProcessPool:
-                    record = failed(job, folder, work, _CRASHED)
+                    record = failed(job, folder, work, CRASHED)
         finally:
             pool.close()
         outcome.add(record)

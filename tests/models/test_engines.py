@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import importlib.abc
+import sys
+
+import pytest
+import torch
+
+from histill.errors import ConfigError, DataError, MissingExtraError, ModelError
+from histill.models import STUDENTS, build_student, load_encoder, wrap, write_bundle
+from histill.models.engines import ENGINES, open_engine
+from histill.models.engines.capture import TokenGraph
+from histill.models.engines.choose import in_turns
+from histill.models.engines.open import engine_of
+
+MEAN, STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+EXACT = ("torch-fp32", "onnxruntime", "openvino-fp32")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines") / "nano"
+    model = build_student("vit-nano", seed=0).eval()
+    write_bundle(
+        folder,
+        model,
+        STUDENTS["vit-nano"],
+        mean=MEAN,
+        std=STD,
+        input_px=56,
+        provenance={},
+        embedding="cls+mean",
+        licence="MIT",
+    )
+    return folder
+
+
+def images(count=5, px=56):
+    return torch.randint(0, 256, (count, 3, px, px), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def expected(bundle, batch_BCHW):
+    """By hand: normalise, timm's own features, cut off the prefix."""
+    model = load_encoder(str(bundle)).model
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    with torch.no_grad():
+        tokens = model.forward_features((batch_BCHW.float() / 255 - mean) / std)
+    side = batch_BCHW.shape[-1] // 14
+    return tokens[:, 0], tokens[:, 5:].reshape(len(batch_BCHW), side, side, -1)
+
+
+@pytest.mark.parametrize("name", ["torch-fp32", "torch-bf16", "onnxruntime", "openvino-fp32", "openvino-bf16"])
+def test_the_contract(bundle, name):
+    if name == "openvino-bf16":
+        from histill.models.engines.with_openvino import has_bf16
+
+        if not has_bf16():
+            pytest.skip("this processor has no bf16")
+    engine = open_engine(str(bundle), engine=name, batch=2)  # 5 images: two full batches and a part
+    assert (engine.name, engine.engine, engine.device) == (str(bundle), name, "cpu")
+    assert (engine.embed_dim, engine.patch_px, engine.prefix_tokens, engine.input_px) == (128, 14, 5, 56)
+    assert (engine.mean, engine.std, engine.licence) == (MEAN, STD, "MIT")
+    assert (engine.embedding, engine.embedding_dim) == ("cls+mean", 256)
+    tokens = engine(images())
+    assert tokens.cls_BD.dtype == tokens.patches_BHWD.dtype == torch.float32
+    cls_BD, patches_BHWD = expected(bundle, images())
+    assert tokens.patches_BHWD.shape == (5, 4, 4, 128)
+    if name in EXACT:
+        torch.testing.assert_close(tokens.cls_BD, cls_BD, atol=1e-4, rtol=0)
+        torch.testing.assert_close(tokens.patches_BHWD, patches_BHWD, atol=1e-4, rtol=0)
+    else:
+        assert torch.cosine_similarity(tokens.cls_BD, cls_BD).min() > 0.999
+        assert torch.cosine_similarity(tokens.patches_BHWD, patches_BHWD, dim=-1).min() > 0.999
+    first = tokens.cls_BD.clone()
+    engine(images().flip(0))
+    assert torch.equal(first, tokens.cls_BD), "a later batch wrote into an earlier result"
+
+
+def test_the_hash_tells_what_changes_the_numbers(bundle):
+    encoder = load_encoder(str(bundle))
+    weights = encoder.content_hash()
+    hashes = {name: engine_of(encoder, name).content_hash() for name in ("torch-fp32", "torch-bf16", "openvino-fp32")}
+    assert hashes["torch-fp32"] == hashes["openvino-fp32"] == weights
+    assert hashes["torch-bf16"] != weights
+    with torch.no_grad():
+        encoder.model.norm.bias[0] += 1
+    assert engine_of(encoder, "torch-fp32").content_hash() != weights
+
+
+def test_another_size(bundle):
+    engine = open_engine(str(bundle), engine="openvino-fp32", input_px=84)
+    _, patches_BHWD = expected(bundle, images(2, 84))
+    torch.testing.assert_close(engine(images(2, 84)).patches_BHWD, patches_BHWD, atol=1e-4, rtol=0)
+    with pytest.raises(DataError, match=r"uint8 \(B, 3, 84, 84\)"):
+        engine(images(2, 56))
+
+
+@pytest.mark.parametrize("bad", [images(2, 42), images(2).float(), images(2)[:0], images(2)[0]])
+def test_wrong_images(bundle, bad):
+    with pytest.raises(DataError, match="uint8"):
+        open_engine(str(bundle))(bad)
+
+
+def test_a_fixed_batch_is_filled_up(bundle):
+    engine = open_engine(str(bundle), batch=4)
+    seen = []
+
+    def run(images_BCHW):
+        seen.append(len(images_BCHW))
+        return engine.run(images_BCHW)
+
+    import dataclasses
+
+    fixed = dataclasses.replace(engine, fixed_batch=True, run=run)
+    torch.testing.assert_close(fixed(images(6)).cls_BD, engine(images(6)).cls_BD, atol=1e-5, rtol=0)
+    assert seen == [4, 4]
+
+
+def test_rotary_embeddings_survive_the_graph():
+    import timm
+
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=0, depth=2, dynamic_img_size=True).eval()
+    encoder = wrap(model, name="eva", mean=MEAN, std=STD, input_px=84)
+    pixels = images(2, 84)
+    with torch.no_grad():
+        tokens = encoder(pixels)
+        cls_BD, patches_BHWD = TokenGraph(encoder, pixels=True)(pixels.permute(0, 2, 3, 1))
+    torch.testing.assert_close(cls_BD, tokens.cls_BD)
+    torch.testing.assert_close(patches_BHWD, tokens.patches_BHWD)
+    assert encoder.model.dynamic_img_size, "the encoder itself must not be changed"
+
+
+def test_auto_says_what_it_measured(bundle, capsys):
+    engine = open_engine(str(bundle), engine="auto", batch=2)
+    said = capsys.readouterr().err
+    assert engine.engine in ENGINES
+    assert said.startswith(f"engine auto: {engine.engine} ")
+    rates = {
+        word: float(rate) for word, rate in (pair.split() for pair in said.split(": ")[-1].rstrip(")\n").split(", "))
+    }
+    assert {"torch-fp32", "torch-bf16"} <= set(rates)
+    assert max(rates, key=rates.get) == engine.engine
+
+
+def test_turns_are_taken_in_turn():
+    order = []
+    times = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
+    assert "".join(order) == "ab" + "ababab"
+    assert [len(each) for each in times.values()] == [3, 3]
+
+
+def test_refusals(bundle):
+    with pytest.raises(ConfigError, match="did you mean openvino-fp32"):
+        open_engine(str(bundle), engine="openvino-fp23")
+    with pytest.raises(ModelError, match="--to int8"):
+        open_engine(str(bundle), engine="openvino-int8")
+    with pytest.raises(ConfigError, match="processor only"):
+        open_engine(str(bundle), engine="onnxruntime", device="cuda")
+    with pytest.raises(ModelError, match="no model of this name"):
+        open_engine("no-such-model")
+
+
+class _Absent(importlib.abc.MetaPathFinder):
+    def __init__(self, name):
+        self.name = name
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize(
+    ("engine", "library", "extra"),
+    [
+        ("onnxruntime", "onnxruntime", "onnx"),
+        ("onnxruntime", "onnxscript", "onnx"),
+        ("openvino-fp32", "openvino", "openvino"),
+    ],
+)
+def test_a_missing_library_is_named(bundle, monkeypatch, engine, library, extra):
+    for name in [name for name in sys.modules if name == library or name.startswith(f"{library}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Absent(library), *sys.meta_path])
+    with pytest.raises(MissingExtraError, match=rf"(?s){library} is not installed.*histill\[{extra}\]"):
+        open_engine(str(bundle), engine=engine)
+
+
+@pytest.mark.slow
+def test_compiled(bundle):
+    engine = open_engine(str(bundle), engine="torch-compile-bf16", batch=4)
+    cls_BD, _ = expected(bundle, images())
+    assert torch.cosine_similarity(engine(images()).cls_BD, cls_BD).min() > 0.999
