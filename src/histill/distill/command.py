@@ -14,6 +14,7 @@ __all__ = ["run"]
 
 _USAGE = """usage: histill distill PRESET --teacher NAME --tiles FOLDER --out RUN (--steps N | --minutes M) [OPTIONS]
        histill distill RUN/config.json [OPTIONS]
+       torchrun --nproc-per-node 8 -m histill distill ...      one process for each GPU; the losses stay the same
 
 Teach a small student from a large frozen teacher. The same command again goes on where the last one stopped.
 
@@ -51,11 +52,20 @@ def run(argv: list[str]) -> int:
         default=default,
     )
     config.require_complete()
+    from histill import distributed
     from histill.distill.run import distill
+    from histill.distill.table import print_summary
 
-    summary = distill(config)
-    if summary is not None:
-        from histill.distill.table import print_summary
-
-        print_summary(summary, sys.stdout)
-    return 0
+    ranks = distributed.join()
+    try:
+        summary = distill(config)
+        if summary is None or not ranks.first:
+            return 0
+        several = summary.get("students")
+        for name, each in several.items() if several is not None else [(config.student[0], summary)]:
+            print_summary(each, sys.stdout, title=name if several is not None else None)
+        for name, reason in summary.get("failed", {}).items():
+            print(f"error: {name} learnt no more from {reason}", file=sys.stderr)
+        return 1 if summary.get("failed") else 0
+    finally:
+        distributed.leave(ranks)
