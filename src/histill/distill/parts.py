@@ -234,6 +234,9 @@ def _teachers(
                 teacher.fit(crops, tiles, config.seed, step)
             if ranks.first:
                 teacher.save_statistics(path)
+            ranks.wait()
+            if not ranks.first:  # the first rank's to the last bit: eigenvectors may differ between processors
+                teacher.load_statistics(path)
         teachers.append(teacher)
     return tuple(teachers)
 
