@@ -11,10 +11,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from histill.cli import main
+from histill.distill.checking import Checker
 from histill.errors import DataError
 from histill.evaluate.checks import find_checks, kind_of, load_check
 from histill.evaluate.probes import knn_probe, linear_probe
+from histill.evaluate.results import read_result
 from histill.evaluate.retrieval import paired_retrieval
+from histill.models import load_encoder
+from histill.tiles.images import ImageFolder
 
 
 def write_csv(path: Path, header: str, rows: list[tuple]) -> Path:
@@ -179,7 +184,7 @@ def test_unreadable_tiles_are_named_and_left_out(tmp_path):
     assert [tile.path for tile in check.unreadable] == ["tiles/5.jpg", "tiles/17.jpg", "tiles/44.jpg"]
     assert all(tile.reason for tile in check.unreadable)
     assert "No such file" in check.unreadable[1].reason
-    assert check.notes == ("3 of 60 tiles are unreadable and left out, first tiles/5.jpg",)
+    assert check.notes == ("3 tiles unreadable and left out, first tiles/5.jpg",)
     kept = [i for i in range(60) if i not in (5, 17, 44)]
     assert check.columns["path"].tolist() == [rows[i][0] for i in kept]
     whole = load_check(labelled(tmp_path / "whole")[0], 14)
@@ -190,7 +195,7 @@ def test_a_slide_on_both_sides_is_noted(tmp_path):
     path, rows = labelled(tmp_path)
     rows[-1] = (*rows[-1][:2], "s0", "test")
     check = load_check(write_csv(path, "path,label,slide,split", rows), 14)
-    assert check.notes == ("1 slides are in both train and test, first s0: scores are inflated",)
+    assert check.notes == ("1 slides are in train and test, first s0: scores are inflated",)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +229,39 @@ def test_paired_tables_that_cannot_be_scored(tmp_path):
     path.write_text("\n".join([lines[0], *(line for line in lines[1:] if ",A," in line)]))
     with pytest.raises(DataError, match="two scanners"):
         load_check(path, 14)
+
+
+# ------------------------------------------------------------------ the same code as histill evaluate
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("patients", [False, True])
+def test_a_training_logs_the_numbers_of_the_command(tmp_path, bundle, precision, patients):
+    labels, rows = labelled(tmp_path / "labelled")
+    if patients:  # two slides each: other clusters for the interval and for the choice of the strength
+        rows = [(*row, f"p{i // 12}" if row[3] == "train" else f"q{i % 3}") for i, row in enumerate(rows)]
+        write_csv(labels, "path,label,slide,split,patient", rows)
+    fields = paired(tmp_path / "paired")
+    (tmp_path / "labelled" / "tiles" / "3.jpg").write_bytes(b"no picture")
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    source = ImageFolder.scan(tmp_path / "paired")
+    checker = Checker((labels, fields), source, image_px=28, agreement_tiles=4, autocast=autocast)
+    logged = checker.scores(load_encoder(bundle, input_px=28))
+    options = ["--encoder", bundle, "--out", str(tmp_path / "out"), "--pooling", "cls", "--input-px", "28"]
+    for benchmark, table in (("tiles", labels), ("paired", fields)):
+        command = [benchmark, *options, "--precision", precision, "--device", "cpu", "--batch", "7"]
+        assert main(["evaluate", *command, "--table", str(table)]) == 0
+        (folder,) = (tmp_path / "out" / benchmark).iterdir()
+        found = {score.name: score for score in read_result(folder).scores}
+        for name, value in logged[table.stem].items():
+            metric, _, end = name.partition("_auc_")
+            told = getattr(found[f"{metric}_auc"], end) if end else found[name].value
+            assert value == pytest.approx(told, abs=1e-12), name
+    assert {"linear_auc_low", "linear_auc_high", "knn_balanced_accuracy"} < set(logged["labelled"])
+    assert set(logged["paired"]) == {"top_1", "top_10", "cosine"}
+    (encoder,) = (tmp_path / "out" / "tiles").iterdir()
+    for note in checker.notes():
+        assert note.removeprefix("labelled: ") in read_result(encoder).scores[0].note
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from histill.errors import ConfigError
 from histill.evaluate.command import _joined
 from histill.evaluate.config import AllConfig, HestConfig
 from histill.evaluate.encoders import check_names, pick_device, safe_name, slide_embedder
-from histill.evaluate.results import read_result
-from histill.models import STUDENTS, build_student, write_bundle
+from histill.evaluate.results import read_result, write_result
+from histill.models import STUDENTS, build_student, load_encoder, write_bundle
 from histill.synthetic.slides import write_slide
 
 PX = 56
@@ -400,6 +402,14 @@ def test_all_goes_on_after_a_failure_and_says_what_is_missing(
     assert {name: after[name] for name in before} == before
     assert len(files.read_json(tmp_path / "results.json")["results"]) == 10
 
+    # the page compares both encoders on every benchmark, and says the student's share of the teacher
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "--out", str(page), "--student", other, "--teacher", encoder]) == 0
+    text = page.read_text()
+    assert len(re.findall(r"[+\d] to [^;<]+; p (?:&lt; )?[01]", text)) == 5
+    assert len(re.findall(r"\d+ to \d+ %</span>", text)) >= 5
+    assert ">not measured<" not in text  # the cost of both
+
 
 def test_a_run_of_all_that_was_killed_goes_on(encoder: str, data: Path, tmp_path: Path) -> None:
     roots = tmp_path / "roots.json"
@@ -530,12 +540,60 @@ def test_another_encoder_s_results_are_not_replaced(
     command = ["--encoder", encoder, "--out", str(tmp_path), *options_of("paired", data)]
     assert run("paired", *command) == 0
     path = tmp_path / "paired" / f"{safe_name(encoder)}__cls" / "results.json"
-    files.write_json(path, files.read_json(path) | {"encoder": "another"})
+    result = read_result(path.parent)
+    write_result(replace(result, encoder="another", settings=result.settings | {"encoder": "another"}), path.parent)
     assert run("paired", *command) == 1
-    assert "results of another encoder" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"now encoder {encoder}" in told
+    assert "as before: encoder another" in told
     path.write_text("{")  # damaged: written anew
     assert run("paired", *command) == 0
     assert read_result(path.parent).encoder == encoder
+
+
+def test_other_settings_data_or_weights_do_not_replace_results(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = write_encoder(tmp_path / "student", 1)
+    command = ["--encoder", str(student), "--out", str(tmp_path / "out")]
+    assert run("plism", *command, "--root", str(data / "plism"), "--n-tiles", "8") == 0
+    folder = tmp_path / "out" / "plism" / f"{safe_name(str(student))}__cls"
+    result = read_result(folder)
+    assert result.settings["n_tiles"] == 8
+    assert result.date
+    assert result.weights == load_encoder(str(student)).content_hash()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def refused(*options: str) -> str:
+        capsys.readouterr()
+        assert run("plism", *command, *options) == 1
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        return capsys.readouterr().err
+
+    told = refused("--root", str(data / "plism"), "--n-tiles", "9")
+    assert "now n_tiles 9" in told
+    assert "as before: n_tiles 8" in told
+    told = refused("--root", str(data / "plism"), "--n-tiles", "8", "--compat", "fp16")
+    assert "compat fp16" in told
+    assert "n_tiles" not in told
+    shutil.copytree(data / "plism", tmp_path / "plism")
+    assert "as before: root" in refused("--root", str(tmp_path / "plism"), "--n-tiles", "8")
+    assert run("plism", *command, "--root", str(data / "plism"), "--n-tiles", "8", "--memory-gb", "2") == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_encoder(student, 2)
+    assert "weights" in refused("--root", str(data / "plism"), "--n-tiles", "8")
+
+
+def test_the_cost_stands_with_each_result_and_is_measured_once(encoder: str, data: Path, tmp_path: Path) -> None:
+    command = ["--encoder", encoder, "--out", str(tmp_path), "--pooling", "cls", "cls+mean"]
+    assert run("paired", *command, *options_of("paired", data)) == 0
+    assert run("tiles", *command, *options_of("tiles", data)) == 0
+    results = [read_result(path.parent) for path in tmp_path.glob("*/*/results.json")]
+    assert len(results) == 4
+    cost = results[0].data["cost"]
+    assert all(result.data["cost"] == cost for result in results)
+    assert (cost["input_px"], cost["precision"], cost["tiles"]) == (28, "fp32", "tiles of a benchmark")
+    assert len(list((tmp_path / "features").glob("cost-*.json"))) == 1
 
 
 def test_names_become_folders() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from scipy import sparse, stats
 from sklearn.decomposition import PCA
@@ -60,6 +61,76 @@ def by_scikit_learn(x_train, x_test, counts_train, counts_test, **ridge: Any) ->
     model.fit(train, np.log1p(counts_train))
     predicted, target = model.predict(test), np.log1p(counts_test)
     return np.array([stats.pearsonr(predicted[:, g], target[:, g])[0] for g in range(target.shape[1])])
+
+
+def from_scratch(x_train, x_test, counts_train, counts_test) -> np.ndarray:
+    """The exact ridge by singular values and normal equations in float64, Pearson by numpy."""
+    mean, std = x_train.mean(axis=0, dtype=np.float64), x_train.std(axis=0, dtype=np.float64)
+    train, test = ((x - mean) / np.where(std > 1e-6, std, 1) for x in (x_train, x_test))
+    axes = np.linalg.svd(train, full_matrices=False)[2][: min(256, *train.shape)]
+    train, test = train @ axes.T, test @ axes.T
+    alpha = 100 / (len(axes) * counts_train.shape[1])
+    weights = np.linalg.solve(train.T @ train + alpha * np.eye(len(axes)), train.T @ np.log1p(counts_train))
+    predicted, target = test @ weights, np.log1p(counts_test)
+    flat = (np.ptp(predicted, axis=0) < 1e-12) | (np.ptp(target, axis=0) == 0)
+    found = [np.nan if flat[g] else np.corrcoef(predicted[:, g], target[:, g])[0, 1] for g in range(len(flat))]
+    return np.array(found)
+
+
+ODD_FOLDS = {
+    "as usual": lambda x_train, x_test, y_train, y_test: None,
+    "a constant feature": lambda x_train, x_test, y_train, y_test: (x_train[:, 3].fill(7), x_test[:, 3].fill(7)),
+    "constant in training": lambda x_train, x_test, y_train, y_test: x_train[:, 2].fill(1),
+    "a constant gene": lambda x_train, x_test, y_train, y_test: y_test[:, 1].fill(4),
+    "a gene that is not expressed": lambda x_train, x_test, y_train, y_test: y_train[:, 0].fill(0),
+    "a feature twice": lambda x_train, x_test, y_train, y_test: (
+        x_train[:, 4].__setitem__(slice(None), x_train[:, 5]),
+        x_test[:, 4].__setitem__(slice(None), x_test[:, 5]),
+    ),
+    "features of 1,000": lambda x_train, x_test, y_train, y_test: (
+        x_train.__imul__(x_train.dtype.type(1000)),
+        x_test.__imul__(x_test.dtype.type(1000)),
+    ),
+}
+
+
+@pytest.mark.parametrize("fold", ODD_FOLDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("spots", "dims", "genes"), [(150, 20, 3), (150, 20, 2), (12, 30, 3)])
+def test_odd_folds_have_the_numbers_of_a_plain_ridge(fold: str, dtype: Any, spots: int, dims: int, genes: int) -> None:
+    x_train, x_test, *counts = small_fold(7, spots, dims, genes)
+    data = (x_train.astype(dtype), x_test.astype(dtype), *(c.astype(np.float32) for c in counts))
+    ODD_FOLDS[fold](*data)
+    want, exact = from_scratch(*data), hest.exact_ridge_pearson(*data)
+    assert exact.dtype == np.float64
+    assert exact.shape == (1, genes)
+    np.testing.assert_allclose(exact[0], want, atol=2e-4)  # components are rounded to float32
+    found = hest.ridge_pearson(*data)
+    assert (found.dtype, found.shape) == (np.dtype(np.float64), (genes,))
+    assert np.isnan(found).tolist() == np.isnan(want).tolist()
+    np.testing.assert_allclose(found, want, atol=0.03)  # its solver stops early
+
+
+def test_one_gene_half_precision_and_anything_that_is_an_array() -> None:
+    fold = small_fold(8, genes=1)
+    found = hest.ridge_pearson(*fold)
+    assert found.shape == (1,)
+    np.testing.assert_array_equal(hest.ridge_pearson(*(torch.from_numpy(part) for part in fold)), found)
+    half = [part.astype(np.float16) for part in fold[:2]]
+    single = [part.astype(np.float32) for part in half]
+    np.testing.assert_array_equal(hest.ridge_pearson(*half, *fold[2:]), hest.ridge_pearson(*single, *fold[2:]))
+
+
+def test_features_that_are_all_the_same_predict_nothing() -> None:
+    x_train, x_test, *counts = small_fold(9)
+    for found in (
+        hest.ridge_pearson(x_train * 0 + 3, x_test, *counts),
+        hest.exact_ridge_pearson(x_train * 0 + 3, x_test, *counts)[0],
+    ):
+        assert found.shape == (5,)
+        assert np.isnan(found).all()
+    with pytest.raises(DataError, match="two training spots"):
+        hest.ridge_pearson(x_train[:1], x_test, counts[0][:1], counts[1])
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs the reference's BLAS kernels")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
@@ -21,7 +23,7 @@ from histill.evaluate import pathorob
 from histill.evaluate.embedding import FeatureCache
 from histill.evaluate.pathorob import index as index_module
 from histill.evaluate.pathorob.drop import average_performance_drop, cell_shares, confounded_probes
-from histill.evaluate.pathorob.index import typed_neighbours
+from histill.evaluate.pathorob.index import COLUMNS, typed_neighbours
 from histill.evaluate.pathorob.layout import DATASETS, find_datasets, find_images, read_features, read_metadata
 from histill.evaluate.pathorob.run import run_pathorob
 from histill.evaluate.results import Result, read_result
@@ -139,12 +141,83 @@ def test_ties_share_the_places_that_are_left() -> None:
     assert pathorob.robustness_index(collapsed, cohort(4)[1], 5) == pytest.approx(0.5, abs=0.05)
 
 
+def by_counting(features: np.ndarray, metadata: dict[str, Any], k: int) -> float:
+    """The definition with ties: distances rounded to 1e-9, tiles as near as the k-th share what is left of k."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-300)
+    so = os = 0.0
+    for q, (subset, slide, biology, centre) in enumerate(zip(*(metadata[name] for name in COLUMNS), strict=True)):
+        if subset == "OOD":
+            continue
+        pool = [j for j in range(len(unit)) if metadata["subset"][j] == subset and metadata["slide_id"][j] != slide]
+        distance = {j: round(float(np.linalg.norm(unit[q] - unit[j])), 9) for j in pool}
+        kth = sorted(distance.values())[k - 1]
+        nearer, equal = [j for j in pool if distance[j] < kth], [j for j in pool if distance[j] == kth]
+        for some, share in ((nearer, 1.0), (equal, (k - len(nearer)) / len(equal))):
+            for j in some:
+                same_biology = metadata["biological_class"][j] == biology
+                same_centre = metadata["medical_center"][j] == centre
+                so += share * (same_biology and not same_centre)
+                os += share * (same_centre and not same_biology)
+    return so / (so + os)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_cohort_has_the_index_of_the_definition(data: st.DataObject) -> None:
+    """Several classes, centres and subsets, slides of any size, copies of tiles, labels as numbers or as text."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    tiles = data.draw(st.integers(12, 40))
+    metadata = {
+        "subset": rng.choice(
+            ["ID", "pair_1", "OOD"], tiles, p=data.draw(st.sampled_from([(1, 0, 0), (0.5, 0.4, 0.1)]))
+        ),
+        "slide_id": rng.integers(0, data.draw(st.integers(3, 12)), tiles),
+        "biological_class": rng.integers(0, data.draw(st.integers(2, 4)), tiles),
+        "medical_center": rng.integers(0, data.draw(st.integers(2, 4)), tiles),
+    }
+    if data.draw(st.booleans()):
+        metadata = {name: column.astype(str) for name, column in metadata.items()}
+    features = rng.normal(size=(tiles, 3)) * data.draw(st.sampled_from([1.0, 1000.0]))
+    place = st.integers(0, tiles - 1)
+    for copy, original in data.draw(st.lists(st.tuples(place, place), max_size=12)):
+        features[copy] = features[original]
+    subsets = [np.flatnonzero(metadata["subset"] == name) for name in set(metadata["subset"].tolist()) - {"OOD"}]
+    slides = [metadata["slide_id"][rows] for rows in subsets]
+    left = min(len(slide) - max(np.unique(slide, return_counts=True)[1]) for slide in slides)
+    assume(left >= 1)
+    k = data.draw(st.integers(1, int(left)))
+    try:
+        want = by_counting(features, metadata, k)
+    except ZeroDivisionError:
+        with pytest.raises(DataError, match="no neighbour tells"):
+            pathorob.robustness_index(features, metadata, k)
+        return
+    assert pathorob.robustness_index(features, metadata, k) == pytest.approx(want, abs=1e-9)
+    with pytest.raises(DataError, match="fewer neighbours on other slides"):
+        pathorob.robustness_index(features, metadata, int(left) + 1)
+
+
+def test_rows_without_a_value_are_refused() -> None:
+    features, metadata = cohort(6)
+    for lost in (None, float("nan"), ""):
+        column = metadata["medical_center"].astype(object)
+        column[33] = lost
+        with pytest.raises(DataError, match=r"without a value(.|\n)*medical_center, row 33"):
+            pathorob.robustness_index(features, metadata | {"medical_center": column}, 5)
+    named = metadata | {"medical_center": np.where(metadata["medical_center"] == "UMCU", "None", "nan")}
+    assert pathorob.robustness_index(features, named, 5) == pathorob.robustness_index(features, metadata, 5)
+
+
 def test_what_cannot_be_measured_is_refused() -> None:
     features, metadata = cohort(5)
     with pytest.raises(DataError, match="one row of metadata per feature row"):
         pathorob.robustness_index(features[:-1], metadata, 5)
     with pytest.raises(ConfigError, match="1 or more"):
         pathorob.robustness_index(features, metadata, 0)
+    with pytest.raises(ConfigError, match="whole number"):
+        pathorob.robustness_index(features, metadata, 5.0)
+    with pytest.raises(DataError, match=r"0 tiles on other slides, k = 5"):
+        pathorob.robustness_index(features, metadata | {"slide_id": ["one"] * 240}, 5)
     with pytest.raises(DataError, match=r"fewer neighbours on other slides(.|\n)*k = 230"):
         pathorob.robustness_index(features, metadata, 230)
     with pytest.raises(DataError, match="medical_center"):

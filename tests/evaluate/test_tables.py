@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from PIL import Image
 from rich.console import Console
 
 from histill.errors import DataError
-from histill.evaluate import paired as paired_module
+from histill.evaluate import retrieval
 from histill.evaluate.checks import load_check
 from histill.evaluate.embedding import FeatureCache
-from histill.evaluate.paired import pair_hits
 from histill.evaluate.probes import cluster_bootstrap, knn_probe, linear_probe
 from histill.evaluate.results import Result, read_result
-from histill.evaluate.retrieval import paired_retrieval, twins
+from histill.evaluate.retrieval import COSINE_RESOLUTION
 from histill.evaluate.tables import few_shot, run_paired, run_tiles
 
 PX = 24
@@ -236,30 +236,43 @@ def fields(seed: int, scanners: str = "abc") -> tuple[np.ndarray, np.ndarray, np
     return (place + 0.7 * rng.normal(size=place.shape)).astype(np.float32), scanner, number
 
 
-@pytest.mark.parametrize("entries", [2**24, 100])
-def test_the_terms_of_a_pair_average_to_retrieval_s_numbers(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired_module, "_ENTRIES", entries)
+def by_definition(x: np.ndarray, scanner: np.ndarray, number: np.ndarray, k: int) -> float:
+    """Mean over pairs, directions and twins of the chance to find the twin, ties drawn at random: all by sorting."""
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-300)  # a row of zeros has a cosine of 0
+    pairs = []
+    for a, b in combinations(sorted(set(scanner)), 2):
+        directions = []
+        for one, other in ((a, b), (b, a)):
+            chances = []
+            for query in np.flatnonzero((scanner == one) & np.isin(number, number[scanner == other])):
+                (twin,) = np.flatnonzero((scanner == other) & (number == number[query]))
+                pool = [j for j in np.flatnonzero(np.isin(scanner, (a, b))) if j != query]
+                lead = np.array([unit[query] @ unit[j] - unit[query] @ unit[twin] for j in pool])
+                nearer, equal = (lead > COSINE_RESOLUTION).sum(), (abs(lead) <= COSINE_RESOLUTION).sum()
+                chances.append(min(max((k - nearer) / equal, 0), 1))
+            directions.append(np.mean(chances))
+        pairs.append(np.mean(directions))
+    return float(np.mean(pairs))
+
+
+@pytest.mark.parametrize("chunk", [2**24, 100])
+def test_the_numbers_are_the_definition_s_in_any_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
     x, scanner, number = fields(0)
     x[5] = x[6] = x[45]  # ties
-    top = (1, 3, 5, 10)
-    expected = paired_retrieval(x, scanner, number.astype(str), top)
-    cosine, shares = [], []
-    for (a, b), rows in twins(scanner, number.astype(str)).items():
-        members = [np.flatnonzero(scanner == name) for name in (a, b)]
-        local = [np.searchsorted(m, r) for m, r in zip(members, rows, strict=True)]
-        cosine_P, hits = pair_hits(x[members[0]], x[members[1]], *local)
-        assert cosine_P.shape == hits[1].shape == (len(rows[0]),)
-        cosine.append(cosine_P.mean())
-        shares.append([hits[k].mean() for k in top])
-    assert np.mean(cosine) == pytest.approx(expected.cosine, abs=1e-12)
-    np.testing.assert_allclose(np.mean(shares, axis=0), list(expected.top.values()), atol=1e-12)
+    x[7] = 0.0
+    found = retrieval.paired_retrieval(x, scanner, number.astype(str), (1, 3, 5, 10))
+    for k, share in found.top.items():
+        assert share == pytest.approx(by_definition(x.astype(np.float64), scanner, number, k), abs=1e-12)
 
 
-def test_perfect_twins_are_always_found() -> None:
+def test_the_terms_are_those_of_each_twin() -> None:
     x = np.random.default_rng(0).normal(size=(50, 6))
-    cosine, hits = pair_hits(x, 1000 * x, np.arange(50), np.arange(50))
-    np.testing.assert_allclose(cosine, 1)
-    assert hits[1].min() == 1.0
+    tiles = [retrieval.ScannerTiles.of(features) for features in (x, 1000 * x)]
+    hits = retrieval.pair_hits(*tiles, np.arange(50), np.arange(50), (1, 10))
+    np.testing.assert_allclose(hits.cosine_P, 1)
+    assert hits.top[1].shape == (50,)
+    assert hits.top[1].min() == 1.0
 
 
 def test_real_scanners_get_the_numbers_of_the_checks(shared_data: Path, tmp_path: Path) -> None:

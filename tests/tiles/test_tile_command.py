@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,48 +19,11 @@ SMALL = "CMU-1-Small-Region"
 TCGA = "TCGA-CR-7395-01A-01-TS1"
 
 
-@pytest.fixture(scope="module")
-def slides(shared_data: Path) -> Path:
-    return shared_data / "slides"
-
-
-def _rows(folder: Path, name: str = "slides.csv") -> dict[str, dict[str, str]]:
-    with (folder / name).open(newline="") as file:
-        return {row["slide"]: row for row in csv.DictReader(file)}
-
-
-def content(folder: Path) -> dict[str, str]:
-    """File -> hash of all that a set is; the seconds that a slide took are the only thing that may differ."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        data = path.read_bytes()
-        if path.parent.name == "parts" and path.suffix == ".json":
-            data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
-        if path.name == "slides.csv":
-            rows = list(csv.DictReader(data.decode().splitlines()))
-            data = json.dumps([row | {"seconds": 0} for row in rows]).encode()
-        found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def tile(*argv: object) -> int:
-    return main(["tile", *map(str, argv), "--workers", "1"])
-
-
-@pytest.fixture(scope="module")
-def small_set(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("small") / "set"
-    assert tile(slides / f"{SMALL}.svs", "--out", out) == 0
-    return out
-
-
 # ------------------------------------------------------------------ what is in a set
 
 
-def test_the_set_of_a_real_slide(small_set: Path) -> None:
-    row = _rows(small_set)[SMALL]
+def test_the_set_of_a_real_slide(slide_rows: Any, small_set: Path) -> None:
+    row = slide_rows(small_set)[SMALL]
     assert (row["status"], row["mpp"], row["mpp_source"], row["vendor"]) == ("done", "0.499", "vendor", "aperio")
     # 2220 x 2967 px at 0.499 are 1107.8 x 1480.5 um: 9 x 13 tiles of 112 um
     assert int(row["grid_tiles"]) == 9 * 13
@@ -80,7 +42,7 @@ def test_the_set_of_a_real_slide(small_set: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lossless_set(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lossless_set(tile: Any, slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lossless") / "set"
     assert tile(slides / f"{SMALL}.svs", "--out", out, "--lossless") == 0
     return out
@@ -106,7 +68,7 @@ def test_a_tile_is_the_slide_at_that_place(lossless_set: Path, slides: Path) -> 
         assert np.abs(source.read(index) - wanted).mean() < 1
 
 
-def test_the_dicom_twin_gives_the_same_tiles(lossless_set: Path, slides: Path, tmp_path: Path) -> None:
+def test_the_dicom_twin_gives_the_same_tiles(tile: Any, lossless_set: Path, slides: Path, tmp_path: Path) -> None:
     """The twin was compressed again, with half the colours across: that much the two files differ by themselves."""
     dicom = slides / f"{SMALL}_dicom"
     assert tile(dicom, "--out", tmp_path / "set", "--lossless") == 0
@@ -129,7 +91,7 @@ def test_the_dicom_twin_gives_the_same_tiles(lossless_set: Path, slides: Path, t
     assert apart(ours, green) == pytest.approx(apart(theirs, green), abs=0.1)
 
 
-def test_at_a_coarser_scale_the_dicom_twin_agrees_in_colour_too(slides: Path, tmp_path: Path) -> None:
+def test_at_a_coarser_scale_the_dicom_twin_agrees_in_colour_too(tile: Any, slides: Path, tmp_path: Path) -> None:
     for name, slide in (("svs", f"{SMALL}.svs"), ("dicom", f"{SMALL}_dicom")):
         assert tile(slides / slide, "--out", tmp_path / name, "--mpp", 2, "--tile-px", 56, "--lossless") == 0
     here, there = open_set(tmp_path / "svs"), open_set(tmp_path / "dicom")
@@ -147,7 +109,7 @@ def test_the_thumbnail_shows_the_kept_grid(small_set: Path) -> None:
     assert 0.01 < green.mean() < 0.2
 
 
-def test_lossless_and_index_only_hold_the_same_pixels(slides: Path, tmp_path: Path) -> None:
+def test_lossless_and_index_only_hold_the_same_pixels(tile: Any, slides: Path, tmp_path: Path) -> None:
     slide = slides / f"{SMALL}.svs"
     assert tile(slide, "--out", tmp_path / "png", "--lossless", "--mpp", 1) == 0
     assert tile(slide, "--out", tmp_path / "index", "--index-only", "--mpp", 1) == 0
@@ -158,7 +120,7 @@ def test_lossless_and_index_only_hold_the_same_pixels(slides: Path, tmp_path: Pa
         np.testing.assert_array_equal(stored.read(index), online.read(index))
 
 
-def test_a_drawn_mask_replaces_otsu(slides: Path, tmp_path: Path) -> None:
+def test_a_drawn_mask_replaces_otsu(slide_rows: Any, tile: Any, slides: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
     square = [[[600, 600], [1500, 600], [1500, 1500], [600, 1500], [600, 600]]]
@@ -172,32 +134,14 @@ def test_a_drawn_mask_replaces_otsu(slides: Path, tmp_path: Path) -> None:
         (x, y) for x in (3, 4, 5) for y in (3, 4, 5)
     }
     assert len(table) >= 7  # a filter may take some
-    assert _rows(tmp_path / "set")[SMALL]["mask"].startswith(f"{SMALL}.geojson ")
-
-
-def damaged_copy(slide: Path, target: Path, how: str) -> tuple[int, int]:
-    """Damage one block in the middle of level 0 of a copy; returns the level-0 pixel at its middle."""
-    import tifffile
-
-    shutil.copyfile(slide, target)
-    with tifffile.TiffFile(target) as file:
-        page = file.pages[0]
-        columns = -(-page.imagewidth // page.tilewidth)
-        column, row = 4, 5
-        number = row * columns + column
-        offset, count = page.dataoffsets[number], page.databytecounts[number]
-        middle = (column * page.tilewidth + page.tilewidth // 2, row * page.tilelength + page.tilelength // 2)
-    with target.open("r+b") as file:
-        file.seek(offset if how == "zero" else offset + count // 2)
-        file.write(bytes(count if how == "zero" else count - count // 2))
-    return middle
+    assert slide_rows(tmp_path / "set")[SMALL]["mask"].startswith(f"{SMALL}.geojson ")
 
 
 # ------------------------------------------------------------------ parts of a whole
 
 
 @pytest.fixture(scope="module")
-def three(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three(damaged_copy: Any, slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three slides that differ."""
     folder = tmp_path_factory.mktemp("three")
     (folder / "deep").mkdir()
@@ -211,32 +155,34 @@ OPTIONS = ("--mpp", 1, "--mpp-override", 0.5)
 
 
 @pytest.fixture(scope="module")
-def whole(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(slide_rows: Any, three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "set"
     assert main(["tile", str(three), "--out", str(out), *map(str, OPTIONS), "--workers", "2"]) == 0
-    assert list(_rows(out)) == ["a", "b", "deep__c"]
+    assert list(slide_rows(out)) == ["a", "b", "deep__c"]
     return out
 
 
-def test_one_worker_or_two_is_the_same_set(three: Path, whole: Path, tmp_path: Path) -> None:
+def test_one_worker_or_two_is_the_same_set(content: Any, tile: Any, three: Path, whole: Path, tmp_path: Path) -> None:
     assert tile(three, "--out", tmp_path / "set", *OPTIONS) == 0
     assert content(tmp_path / "set") == content(whole)
 
 
-def test_the_same_command_again_changes_nothing(three: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_again_changes_nothing(
+    content: Any, tile: Any, three: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = content(whole)
     assert tile(three, "--out", whole, *OPTIONS) == 0
     assert "3 there already" in capsys.readouterr().out
     assert content(whole) == before
 
 
-def _in_one_folder(three: Path, tmp_path: Path) -> Path:
+def _in_one_folder(tile: Any, three: Path, tmp_path: Path) -> Path:
     for part in ("0/2", "1/2"):
         assert tile(three, "--out", tmp_path / "set", *OPTIONS, "--shard", part) == 0
     return tmp_path / "set"
 
 
-def _in_two_folders(three: Path, tmp_path: Path) -> Path:
+def _in_two_folders(tile: Any, three: Path, tmp_path: Path) -> Path:
     for number in (0, 1):
         assert tile(three, "--out", tmp_path / f"{number}", *OPTIONS, "--shard", f"{number}/2") == 0
     assert main(["tile", "--merge", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "set")]) == 0
@@ -244,8 +190,10 @@ def _in_two_folders(three: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", [_in_one_folder, _in_two_folders])
-def test_two_shards_are_the_whole(how: Callable[[Path, Path], Path], three: Path, whole: Path, tmp_path: Path) -> None:
-    assert content(how(three, tmp_path)) == content(whole)
+def test_two_shards_are_the_whole(
+    content: Any, tile: Any, how: Callable[..., Path], three: Path, whole: Path, tmp_path: Path
+) -> None:
+    assert content(how(tile, three, tmp_path)) == content(whole)
 
 
 def test_sets_that_do_not_belong_together_are_not_merged(
@@ -256,7 +204,7 @@ def test_sets_that_do_not_belong_together_are_not_merged(
 
 
 def test_a_dry_run_writes_nothing_and_comes_near(
-    three: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile: Any, three: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tile(three, "--out", tmp_path / "set", *OPTIONS, "--dry-run") == 0
     assert not (tmp_path / "set").exists()
@@ -285,7 +233,7 @@ def test_inspect_shows_the_set(whole: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.265])
-def test_a_printed_ruler_has_the_right_length(mpp: float, tmp_path: Path) -> None:
+def test_a_printed_ruler_has_the_right_length(tile: Any, mpp: float, tmp_path: Path) -> None:
     """Lines every 50 um, cut at 0.5 um/px: 100 px apart within a tile, and where they should be in every tile."""
     from histill.synthetic.slides import write_ruler_slide
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,84 +20,29 @@ SMALL = "CMU-1-Small-Region"
 TCGA = "TCGA-CR-7395-01A-01-TS1"
 
 
-@pytest.fixture(scope="module")
-def slides(shared_data: Path) -> Path:
-    return shared_data / "slides"
-
-
-def _rows(folder: Path, name: str = "slides.csv") -> dict[str, dict[str, str]]:
-    with (folder / name).open(newline="") as file:
-        return {row["slide"]: row for row in csv.DictReader(file)}
-
-
-def content(folder: Path) -> dict[str, str]:
-    """File -> hash of all that a set is; the seconds that a slide took are the only thing that may differ."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        data = path.read_bytes()
-        if path.parent.name == "parts" and path.suffix == ".json":
-            data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
-        if path.name == "slides.csv":
-            rows = list(csv.DictReader(data.decode().splitlines()))
-            data = json.dumps([row | {"seconds": 0} for row in rows]).encode()
-        found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def tile(*argv: object) -> int:
-    return main(["tile", *map(str, argv), "--workers", "1"])
-
-
-@pytest.fixture(scope="module")
-def small_set(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("small") / "set"
-    assert tile(slides / f"{SMALL}.svs", "--out", out) == 0
-    return out
-
-
-def damaged_copy(slide: Path, target: Path, how: str) -> tuple[int, int]:
-    """Damage one block in the middle of level 0 of a copy; returns the level-0 pixel at its middle."""
-    import tifffile
-
-    shutil.copyfile(slide, target)
-    with tifffile.TiffFile(target) as file:
-        page = file.pages[0]
-        columns = -(-page.imagewidth // page.tilewidth)
-        column, row = 4, 5
-        number = row * columns + column
-        offset, count = page.dataoffsets[number], page.databytecounts[number]
-        middle = (column * page.tilewidth + page.tilewidth // 2, row * page.tilelength + page.tilelength // 2)
-    with target.open("r+b") as file:
-        file.seek(offset if how == "zero" else offset + count // 2)
-        file.write(bytes(count if how == "zero" else count - count // 2))
-    return middle
-
-
 # ------------------------------------------------------------------ what is refused
 
 
 def test_a_slide_without_a_scale_is_refused_with_the_remedy(
-    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slide_rows: Any, tile: Any, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set") == 2
-    row = _rows(tmp_path / "set")[TCGA]
+    row = slide_rows(tmp_path / "set")[TCGA]
     assert row["status"] == "failed"
     assert "--mpp-override" in row["error"]
     assert "--mpp-override" in capsys.readouterr().err
     overrides = tmp_path / "mpp.csv"
     overrides.write_text(f"slide,mpp\nanother,0.25\n{TCGA}.svs,0.5\n")
     assert tile(slides / f"{TCGA}.svs", "--out", tmp_path / "set", "--mpp-override", overrides) == 0
-    row = _rows(tmp_path / "set")[TCGA]
+    row = slide_rows(tmp_path / "set")[TCGA]
     assert (row["status"], row["mpp"], row["mpp_source"]) == ("done", "0.5", "override")
     assert int(row["tiles"]) > 50
 
 
-def test_a_broken_slide_does_not_stop_the_others(slides: Path, tmp_path: Path) -> None:
+def test_a_broken_slide_does_not_stop_the_others(slide_rows: Any, tile: Any, slides: Path, tmp_path: Path) -> None:
     given = [slides / f"{SMALL}.svs", slides / "broken.svs", slides / "unreadable.svs", slides / "kidney-48-5.tif"]
     assert tile(*given, "--out", tmp_path / "set") == 2
-    rows = _rows(tmp_path / "set")
+    rows = slide_rows(tmp_path / "set")
     assert rows[SMALL]["status"] == "done"
     for name in ("broken", "unreadable", "kidney-48-5"):
         assert rows[name]["status"] == "failed", name
@@ -108,7 +52,9 @@ def test_a_broken_slide_does_not_stop_the_others(slides: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("how", ["zero", "truncate"])
 @pytest.mark.parametrize("name", [SMALL, TCGA])
-def test_a_damaged_block_is_counted_and_named(how: str, name: str, slides: Path, tmp_path: Path) -> None:
+def test_a_damaged_block_is_counted_and_named(
+    slide_rows: Any, damaged_copy: Any, tile: Any, how: str, name: str, slides: Path, tmp_path: Path
+) -> None:
     x, y = damaged_copy(slides / f"{name}.svs", tmp_path / f"{name}.svs", how)
     options = ("--mpp-override", 0.5, "--tissue-min", 0, "--quality.white-max", 1, "--quality.blur-min", 0)
     assert tile(slides / f"{name}.svs", "--out", tmp_path / "good", *options) == 0
@@ -120,7 +66,7 @@ def test_a_damaged_block_is_counted_and_named(how: str, name: str, slides: Path,
     assert named == lost
     assert 1 <= len(named) <= 9
     assert any(left <= x < left + 224 and top <= y < top + 224 for left, top in named)
-    assert int(_rows(tmp_path / "set")[name]["unreadable"]) == len(named)
+    assert int(slide_rows(tmp_path / "set")[name]["unreadable"]) == len(named)
     here, there = open_set(tmp_path / "good"), open_set(tmp_path / "set")
     kept = {(row["x"], row["y"]): index for index, row in enumerate(good)}
     for index, row in enumerate(bad):
@@ -150,7 +96,7 @@ def test_a_wrong_command_line(
 
 @pytest.mark.parametrize(("option", "value"), [("--shard", "2/2"), ("--mpp", "0"), ("--tissue-min", "2")])
 def test_a_value_out_of_range(
-    option: str, value: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile: Any, option: str, value: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         tile(slides / f"{SMALL}.svs", "--out", tmp_path / "set", option, value)
@@ -160,7 +106,7 @@ def test_a_value_out_of_range(
 
 
 def test_other_settings_and_other_folders_are_refused(
-    small_set: Path, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: Any, tile: Any, small_set: Path, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(small_set)
     assert tile(slides / f"{SMALL}.svs", "--out", small_set, "--mpp", 1) == 1
@@ -183,7 +129,9 @@ def _shards_on_disk(folder: Path) -> set[str]:
     return {path.name for path in (folder / "shards").iterdir()}
 
 
-def test_a_slide_that_is_cut_again_leaves_nothing_of_the_first_time(slides: Path, tmp_path: Path) -> None:
+def test_a_slide_that_is_cut_again_leaves_nothing_of_the_first_time(
+    content: Any, tile: Any, slides: Path, tmp_path: Path
+) -> None:
     out, again = tmp_path / "set", tmp_path / "again"
     (tmp_path / "masks").mkdir()
     Image.fromarray(np.pad(np.full((80, 60), 255, np.uint8), ((0, 0), (0, 60)))).resize((222, 297)).save(
@@ -199,7 +147,7 @@ def test_a_slide_that_is_cut_again_leaves_nothing_of_the_first_time(slides: Path
     assert content(out) == content(again)
 
 
-def test_an_index_of_the_first_time_is_gone_while_a_slide_is_cut_again(slides: Path, tmp_path: Path) -> None:
+def test_an_index_of_the_first_time_is_gone_while_a_slide_is_cut_again(tile: Any, slides: Path, tmp_path: Path) -> None:
     from histill.errors import DataError
     from histill.tiles.folder import SetFolder
 
@@ -210,7 +158,7 @@ def test_an_index_of_the_first_time_is_gone_while_a_slide_is_cut_again(slides: P
         open_set(out)
 
 
-def test_a_folder_that_is_not_ours_keeps_its_files(slides: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_ours_keeps_its_files(tile: Any, slides: Path, tmp_path: Path) -> None:
     (tmp_path / ".tmp-notes").write_text("mine")
     (tmp_path / ".tmp-folder").mkdir()
     assert tile(slides / f"{SMALL}.svs", "--out", tmp_path) == 1
@@ -218,14 +166,14 @@ def test_a_folder_that_is_not_ours_keeps_its_files(slides: Path, tmp_path: Path)
 
 
 def test_a_slide_with_two_values_in_a_table_is_refused(
-    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile: Any, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mpp.csv").write_text(f"slide,mpp\n{SMALL},0.25\n{SMALL}.svs,0.5\n")
     assert tile(slides / f"{SMALL}.svs", "--out", tmp_path / "set", "--mpp-override", tmp_path / "mpp.csv") == 1
     assert "named twice" in capsys.readouterr().err
 
 
-def test_odd_names_do_not_stop_the_others(slides: Path, tmp_path: Path) -> None:
+def test_odd_names_do_not_stop_the_others(slide_rows: Any, tile: Any, slides: Path, tmp_path: Path) -> None:
     folder = tmp_path / "slides"
     folder.mkdir()
     long_name = "n" * 240
@@ -234,7 +182,7 @@ def test_odd_names_do_not_stop_the_others(slides: Path, tmp_path: Path) -> None:
     shutil.copyfile(slides / f"{SMALL}.svs", os.fsencode(folder) + b"/odd\xff.svs")
     (folder / "gone.dcm").symlink_to(tmp_path / "nowhere")
     assert tile(folder, "--out", tmp_path / "set", *OPTIONS) == 2
-    rows = _rows(tmp_path / "set")
+    rows = slide_rows(tmp_path / "set")
     done = {slide for slide, row in rows.items() if row["status"] == "done"}
     assert {"good", "set", "good.lock", "[bold]", "odd\\xff"} < done
     assert len(done) == 6
@@ -242,15 +190,15 @@ def test_odd_names_do_not_stop_the_others(slides: Path, tmp_path: Path) -> None:
     assert len(open_set(tmp_path / "set")) == 6 * int(rows["good"]["tiles"])
 
 
-def test_a_dicom_series_of_links(slides: Path, tmp_path: Path) -> None:
+def test_a_dicom_series_of_links(slide_rows: Any, tile: Any, slides: Path, tmp_path: Path) -> None:
     for path in (slides / f"{SMALL}_dicom").iterdir():
         (tmp_path / "series").mkdir(exist_ok=True)
         (tmp_path / "series" / path.name).symlink_to(path.resolve())
     assert tile(tmp_path / "series", "--out", tmp_path / "set", *OPTIONS) == 0
-    assert int(_rows(tmp_path / "set")["series"]["tiles"]) > 5
+    assert int(slide_rows(tmp_path / "set")["series"]["tiles"]) > 5
 
 
-def test_a_damaged_record_is_named(slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_named(tile: Any, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tile(slides / f"{SMALL}.svs", "--out", tmp_path / "set", *OPTIONS) == 0
     record = tmp_path / "set" / "parts" / f"{SMALL}.json"
     record.write_text('{"slide": ')

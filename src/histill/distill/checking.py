@@ -1,5 +1,8 @@
 """Is the student learning? Agreement with the teacher, collapse, and scores on labelled and paired tables.
 
+The scores are those of ``histill evaluate tiles`` and ``paired`` with ``--pooling cls`` and the same side and
+precision: the same functions read and embed the tiles and measure.
+
 Shapes: N tiles, D and E channels.
 """
 
@@ -17,8 +20,9 @@ from numpy.typing import NDArray
 from histill import files
 from histill.evaluate.agreement import collapse_warning, effective_rank, knn_overlap, linear_cka, mean_pairwise_cosine
 from histill.evaluate.checks import Check, find_checks, kind_of, load_check
-from histill.evaluate.retention import retention
-from histill.models.encoder import Encoder, Tokens
+from histill.evaluate.embedding import EncoderEmbedder
+from histill.evaluate.retention import report
+from histill.models.encoder import Encoder
 from histill.tiles.images import UnreadableTileError, paths_of_table, read_table
 from histill.tiles.open import is_tile_set
 from histill.tiles.tile_set import TileSource
@@ -117,18 +121,10 @@ class Checker:
     def _embedding(self, encoder: Encoder) -> Callable[[torch.Tensor], torch.Tensor]:
         """The class token of uint8 tiles, at the nearest size that the encoder can take."""
         side = max(1, round(self.image_px / encoder.patch_px)) * encoder.patch_px
-        device = next(encoder.parameters()).device
-
-        @torch.no_grad()
-        def embed(tiles_BCHW: torch.Tensor) -> torch.Tensor:
-            images_BCHW = tiles_BCHW.to(device).float() / 255
-            if side != images_BCHW.shape[-1]:
-                images_BCHW = F.interpolate(images_BCHW, size=(side, side), mode="bilinear", antialias=True)
-            with self._autocast:
-                tokens: Tokens = encoder(images_BCHW)
-            return tokens.cls_BD.float().cpu()
-
-        return embed
+        embedder = EncoderEmbedder(
+            encoder=encoder, name=encoder.name, pooling="cls", input_px=side, autocast=self._autocast, batch=_BATCH
+        )
+        return lambda tiles_BCHW: torch.from_numpy(embedder.embed(tiles_BCHW.permute(0, 2, 3, 1).numpy()))
 
     def _features(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
         return torch.cat([embed(tiles_BCHW) for tiles_BCHW in self._tiles_NCHW.split(_BATCH)]).numpy()
@@ -137,13 +133,10 @@ class Checker:
 def retentions(student: Scores, teacher: Scores, untrained: Scores) -> Scores:
     """(student - untrained) / (teacher - untrained) of each metric where the teacher is the better one."""
     found: Scores = {}
-    for table, metrics in student.items():
-        for metric, value in metrics.items():
-            if metric.endswith(("_low", "_high")):
-                continue  # the ends of an interval are not scores of their own
-            share = retention(value, teacher[table][metric], untrained[table][metric])
-            if share is not None:
-                found.setdefault(table, {})[metric] = share
+    for table, scores in student.items():
+        for row in report(teacher[table], scores, untrained[table]):
+            if row.retention is not None:
+                found.setdefault(table, {})[row.metric] = row.retention
     return found
 
 

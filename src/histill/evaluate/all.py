@@ -63,8 +63,10 @@ def evaluate_all(config: AllConfig, console: Console) -> Outcome:
     ModelError
         A name that means no model. Weights that cannot be loaded are a failure of that encoder alone.
     """
-    roots, out = config.require_complete(), config.require_out()
-    jobs, missing = read_roots(roots, config)
+    config.require_complete()
+    assert config.roots is not None
+    out = config.require_out()
+    jobs, missing = read_roots(config.roots, config)
     pick_device(config.device)
     check_names(config.encoder)
     there = [job for job in jobs if job.data is not None and job.data.exists()]

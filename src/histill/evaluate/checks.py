@@ -1,7 +1,9 @@
-"""Tables of real tiles that tell, during training and after it, what an encoder is worth.
+"""Tables of real tiles that tell during training what an encoder is worth, with the tiles held in memory.
 
-A *labelled* table (``path,label,slide,split``) is scored by probes, a *paired* one (``path,slide,scanner,x,y``) by
-retrieval between scanners. Paths are relative to the table's folder.
+A *labelled* table (``path,label,slide,split`` and, where known, ``patient``) is scored by probes, a *paired* one
+(``path,slide,scanner,x,y``) by retrieval between scanners. Paths are relative to the table's folder. Columns, tiles and
+scores come from the functions of ``histill evaluate tiles`` and ``paired``: the same encoder at the same side has the
+same numbers there.
 
 Shapes: N tiles, B tiles of a batch, C = 3 colours, H and W pixels, D features.
 """
@@ -9,33 +11,21 @@ Shapes: N tiles, B tiles of a batch, C = 3 colours, H and W pixels, D features.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from histill.errors import DataError
 from histill.evaluate.features import Array
-from histill.evaluate.probes import cluster_bootstrap, inner_splits, knn_probe, linear_probe
-from histill.evaluate.retrieval import paired_retrieval, twins
-from histill.tiles.images import UnreadableTileError, decode, read_table
+from histill.evaluate.labelled import Labelled, refuse_unscorable, shared_note
+from histill.evaluate.retrieval import fields_of, paired_retrieval, twins
+from histill.evaluate.table_tiles import AT_ONCE, COLUMNS, Kind, none_readable, read_columns, resized, unreadable_note
+from histill.tiles.images import UnreadableTileError, decode
 
 __all__ = ["COLUMNS", "Check", "Unreadable", "find_checks", "kind_of", "load_check"]
-
-Kind = Literal["labelled", "paired"]
-
-COLUMNS: dict[Kind, tuple[str, ...]] = {
-    "labelled": ("path", "label", "slide", "split"),
-    "paired": ("path", "slide", "scanner", "x", "y"),
-}
-"""The columns that make a table a check; others are ignored."""
-
-_SPLITS = ("train", "val", "test")
-_NEIGHBOURS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +92,10 @@ class Check:
         Returns
         -------
         dict
-            Labelled: ``linear_auc`` with the ends of its 95 % interval clustered by test slide (``linear_auc_low`` and
-            ``linear_auc_high``; absent with one test slide), ``linear_balanced_accuracy``, ``knn_auc``,
-            ``knn_balanced_accuracy``: fitted on the split ``train``, scored on ``test``; ``val`` is not used.
+            Labelled: ``linear_auc`` with the ends of its 95 % interval over the test patients, or slides where the
+            table has no patients (``linear_auc_low`` and ``linear_auc_high``; absent with a single one),
+            ``linear_balanced_accuracy``, ``knn_auc``, ``knn_balanced_accuracy``: fitted on the split ``train``, scored
+            on ``test``; ``val`` is not used.
             Paired: ``top_1``, ``top_10``, ``cosine`` of :func:`~histill.evaluate.retrieval.paired_retrieval`.
         """
         if len(features_ND) != len(self.images_NCHW):
@@ -116,14 +107,10 @@ class Check:
         return self._score_labelled(features_ND) if self.kind == "labelled" else self._score_paired(features_ND)
 
     def _score_labelled(self, features_ND: Array) -> dict[str, float]:
-        label, slide, split = (self.columns[name] for name in ("label", "slide", "split"))
-        train, test = split == "train", split == "test"
-        data = (features_ND[train], label[train], features_ND[test], label[test])
-        linear = linear_probe(*data, train_groups_N=slide[train])
-        knn = knn_probe(*data, k=_NEIGHBOURS)
+        labelled = Labelled.of(self.columns, features_ND)
+        linear, knn = labelled.linear(), labelled.knn()
         scores = {"linear_auc": linear.auc}
-        if len(np.unique(slide[test])) > 1:
-            interval = cluster_bootstrap(label[test], linear.scores_MC, linear.classes, slide[test])
+        if interval := labelled.auc_interval(linear):
             scores |= {"linear_auc_low": interval.low, "linear_auc_high": interval.high}
         return scores | {
             "linear_balanced_accuracy": linear.balanced_accuracy,
@@ -132,13 +119,8 @@ class Check:
         }
 
     def _score_paired(self, features_ND: Array) -> dict[str, float]:
-        found = paired_retrieval(features_ND, self.columns["scanner"], _fields(self.columns))
+        found = paired_retrieval(features_ND, self.columns["scanner"], fields_of(self.columns))
         return {"top_1": found.top_1, "top_10": found.top_10, "cosine": found.cosine}
-
-
-def _fields(columns: Mapping[str, Array]) -> Array:
-    """Write out the place of each tile: slide, x, y."""
-    return np.array([f"{s} x={x} y={y}" for s, x, y in zip(*(columns[n] for n in ("slide", "x", "y")), strict=True)])
 
 
 def _header(csv_path: Path) -> list[str]:
@@ -185,67 +167,35 @@ def find_checks(tiles_folder: Path) -> list[Path]:
     return sorted(path for path in tiles_folder.glob("*.csv") if path.is_file() and _kind(_header(path)) is not None)
 
 
-def _read_tiles(folder: Path, paths: list[str], input_px: int) -> tuple[torch.Tensor, Array, list[Unreadable]]:
-    """Decode and resize: uint8 (N, 3, px, px), which of the paths these are, and the others."""
+def _read_tiles(folder: Path, paths: Sequence[str], input_px: int) -> tuple[torch.Tensor, Array, list[Unreadable]]:
+    """Decode each tile once and resize it: uint8 (N, 3, px, px), which of the paths these are, and the others."""
     images_NCHW = torch.empty((len(paths), 3, input_px, input_px), dtype=torch.uint8)
-    readable_N = np.ones(len(paths), dtype=bool)
+    readable_N = np.zeros(len(paths), dtype=bool)
     unreadable = []
-    by_size: dict[tuple[int, ...], list[tuple[int, torch.Tensor]]] = {}
-
-    def resize(size: tuple[int, ...]) -> None:
-        rows, tiles = zip(*by_size.pop(size), strict=True)
-        pixels = F.interpolate(torch.stack(tiles).float(), (input_px, input_px), mode="bilinear", antialias=True)
-        images_NCHW[list(rows)] = pixels.round().clamp(0, 255).to(torch.uint8)
-
-    for row, path in enumerate(paths):
-        try:
-            image = torch.from_numpy(decode((folder / path).read_bytes(), path).copy()).permute(2, 0, 1)
-        except (UnreadableTileError, OSError) as error:
-            readable_N[row] = False
-            unreadable.append(Unreadable(path=path, reason=" ".join(str(error).split())))
-            continue
-        same_size = by_size.setdefault(tuple(image.shape), [])
-        same_size.append((row, image))
-        if len(same_size) == 64:  # decoded tiles may be much larger than resized ones: never hold them all
-            resize(tuple(image.shape))
-    for size in list(by_size):
-        resize(size)
+    for start in range(0, len(paths), AT_ONCE):
+        tiles = []
+        for row, path in enumerate(paths[start : start + AT_ONCE], start):
+            try:
+                tiles.append(decode((folder / path).read_bytes(), path))
+                readable_N[row] = True
+            except (UnreadableTileError, OSError) as error:
+                unreadable.append(Unreadable(path=path, reason=" ".join(str(error).split())))
+        rows = start + np.flatnonzero(readable_N[start : start + AT_ONCE])
+        images_NCHW[rows] = torch.from_numpy(resized(tiles, input_px)).permute(0, 3, 1, 2)
     return images_NCHW[torch.from_numpy(readable_N)] if unreadable else images_NCHW, readable_N, unreadable
 
 
-def _refuse_blanks(csv_path: Path, columns: Mapping[str, Array]) -> None:
-    for name, values in columns.items():
-        if (values == "").any():
-            raise DataError(
-                f"the column {name} has empty fields",
-                where=f"{csv_path}, line {int(np.argmax(values == '')) + 2}",
-                got=f"{(values == '').sum()} of {len(values)} rows",
-                remedy="fill them in; scores depend on which tiles share a slide, a class or a place",
-            )
-    wrong = [split for split in np.unique(columns.get("split", [])) if split not in _SPLITS]
-    if wrong:
-        raise DataError("an unknown split", where=csv_path, got=", ".join(wrong), allowed=", ".join(_SPLITS))
-
-
-def _refuse_unusable(csv_path: Path, kind: Kind, columns: Mapping[str, Array]) -> None:
+def _refuse_unscorable(csv_path: Path, kind: Kind, columns: Mapping[str, Array]) -> None:
     """Find now, before any model has run, what would make :meth:`Check.score` fail."""
+    if kind == "labelled":
+        refuse_unscorable(csv_path, columns)
+        return
     try:
-        if kind == "paired":
-            if not twins(columns["scanner"], _fields(columns)):
-                raise DataError("no field (slide, x, y) was seen by two scanners")
-            return
-        train, test = columns["split"] == "train", columns["split"] == "test"
-        labels, tested = columns["label"][train], columns["label"][test]
-        if not set(tested) <= set(labels) or len(set(tested)) < 2:
-            raise DataError(
-                "a probe needs two classes among the test tiles, and training tiles of each of them",
-                got=f"train: {', '.join(sorted(set(labels)))}; test: {', '.join(sorted(set(tested)))}",
-            )
-        if train.sum() < _NEIGHBOURS:
-            raise DataError(f"a probe needs at least {_NEIGHBOURS} training tiles", got=int(train.sum()))
-        inner_splits(labels, columns["slide"][train])
+        found = twins(columns["scanner"], fields_of(columns))
     except DataError as error:
         raise DataError(f"this table cannot be scored: {error}", where=csv_path) from error
+    if not found:
+        raise DataError("no field (slide, x, y) was seen by two scanners", where=csv_path)
 
 
 def load_check(csv_path: Path, input_px: int) -> Check:
@@ -268,27 +218,15 @@ def load_check(csv_path: Path, input_px: int) -> Check:
         twins).
     """
     kind = kind_of(csv_path)
-    rows = read_table(csv_path, COLUMNS[kind])
-    columns = {name: np.array([row[name] for row in rows]) for name in COLUMNS[kind]}
-    _refuse_blanks(csv_path, columns)
+    columns = read_columns(csv_path, kind)
     images_NCHW, readable_N, unreadable = _read_tiles(csv_path.parent, columns["path"].tolist(), input_px)
     if not len(images_NCHW):
-        raise DataError(
-            f"none of the {len(rows)} tiles can be read",
-            where=csv_path,
-            got=f"{unreadable[0].path}: {unreadable[0].reason}",
-            remedy="paths are relative to the table's folder",
-        )
+        raise none_readable(csv_path, len(unreadable), unreadable[0].path, unreadable[0].reason)
     columns = {name: values[readable_N] for name, values in columns.items()}
-    _refuse_unusable(csv_path, kind, columns)
-    notes = []
-    if unreadable:
-        notes.append(f"{len(unreadable)} of {len(rows)} tiles are unreadable and left out, first {unreadable[0].path}")
+    _refuse_unscorable(csv_path, kind, columns)
+    notes = unreadable_note([tile.path for tile in unreadable])
     if kind == "labelled":
-        slide, split = columns["slide"], columns["split"]
-        shared = sorted(set(slide[split == "train"]) & set(slide[split == "test"]))
-        if shared:
-            notes.append(f"{len(shared)} slides are in both train and test, first {shared[0]}: scores are inflated")
+        notes += shared_note(columns)
     return Check(
         path=csv_path,
         kind=kind,

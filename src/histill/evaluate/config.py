@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from histill.errors import ConfigError
 
@@ -24,6 +24,9 @@ __all__ = [
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
     """Who embeds, how, and where results go."""
+
+    needs: ClassVar[dict[str, str]] = {}
+    """Options without which the command cannot run -> what they are."""
 
     encoder: tuple[str, ...] = ()
     """Names as `histill models` prints them, timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER, or model folders."""
@@ -55,6 +58,12 @@ class EncoderConfig:
             raise ConfigError("no folder is given for the results", where="--out", remedy="add --out OUT")
         return self.out
 
+    def require_complete(self) -> None:
+        """Refuse a command that lacks its folder for results, its encoder or its data."""
+        self.require_out()
+        for name, what in self.needs.items():
+            _named(getattr(self, name), f"--{name}", what)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlismConfig(EncoderConfig):
@@ -80,7 +89,7 @@ class PlismConfig(EncoderConfig):
             raise ConfigError("out of range", where="--memory-gb", got=self.memory_gb, allowed="above 0")
 
     def require_complete(self) -> None:
-        """Refuse a command that lacks its data or its encoder."""
+        """Refuse a command without features and without an encoder and its data, or with both."""
         self.require_out()
         _no_encoder_options(self, self.features)
         _features_or_encoder(self.encoder, self.root, self.features, root_too=False)
@@ -90,6 +99,8 @@ class PlismConfig(EncoderConfig):
 class HestConfig(EncoderConfig):
     """HEST: gene expression from patches."""
 
+    needs: ClassVar[dict[str, str]] = {"encoder": "an encoder", "root": "the benchmark's folder"}
+
     root: Path | None = None
     """The benchmark's folder, which holds a folder per task."""
     tasks: tuple[str, ...] = ()
@@ -97,16 +108,12 @@ class HestConfig(EncoderConfig):
     exact: bool = False
     """Solve the ridge exactly, and not with the original's solver that stops early."""
 
-    def require_complete(self) -> None:
-        """Refuse a command that lacks its data or its encoder."""
-        self.require_out()
-        _named(self.encoder, "--encoder", "an encoder")
-        _named(self.root, "--root", "the benchmark's folder")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaConfig(EncoderConfig):
     """The EVA protocol: patch and slide classification, segmentation."""
+
+    needs: ClassVar[dict[str, str]] = {"encoder": "an encoder", "task": "a task", "root": "the data set's folder"}
 
     root: Path | None = None
     """The task's data set; for several tasks a folder that holds one folder per task, called like the task."""
@@ -121,13 +128,6 @@ class EvaConfig(EncoderConfig):
         """Check each field."""
         EncoderConfig.__post_init__(self)
         _at_least(self, "runs", 0)
-
-    def require_complete(self) -> None:
-        """Refuse a command that lacks its data or its encoder."""
-        self.require_out()
-        _named(self.encoder, "--encoder", "an encoder")
-        _named(self.task, "--task", "a task")
-        _named(self.root, "--root", "the data set's folder")
 
     def task_root(self, task: str) -> Path:
         """Folder of one task's data set."""
@@ -154,7 +154,7 @@ class PathorobConfig(EncoderConfig):
         _at_least(self, "repeats", 0)
 
     def require_complete(self) -> None:
-        """Refuse a command that lacks its data or its encoder."""
+        """Refuse a command without features and without an encoder and its data, or with both."""
         self.require_out()
         _no_encoder_options(self, self.features)
         _features_or_encoder(self.encoder, self.root, self.features, root_too=True)
@@ -164,44 +164,30 @@ class PathorobConfig(EncoderConfig):
 class TilesConfig(EncoderConfig):
     """Probes on your own labelled tiles."""
 
+    needs: ClassVar[dict[str, str]] = {"encoder": "an encoder", "table": "a table of tiles"}
+
     table: Path | None = None
     """CSV with the columns path, label, slide, split and, where known, patient."""
-
-    def require_complete(self) -> None:
-        """Refuse a command that lacks its data or its encoder."""
-        self.require_out()
-        _named(self.encoder, "--encoder", "an encoder")
-        _named(self.table, "--table", "a table of tiles")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedConfig(EncoderConfig):
     """PLISM's metrics on your own fields, each shown by several scanners."""
 
+    needs: ClassVar[dict[str, str]] = {"encoder": "an encoder", "table": "a table of tiles"}
+
     table: Path | None = None
     """CSV with the columns path, slide, scanner, x, y."""
-
-    def require_complete(self) -> None:
-        """Refuse a command that lacks its data or its encoder."""
-        self.require_out()
-        _named(self.encoder, "--encoder", "an encoder")
-        _named(self.table, "--table", "a table of tiles")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllConfig(EncoderConfig):
     """All benchmarks whose data are there."""
 
+    needs: ClassVar[dict[str, str]] = {"encoder": "an encoder", "roots": "a file that says where the data are"}
+
     roots: Path | None = None
     """JSON or TOML: benchmark -> folder (tiles, paired: table), or a group with root and the benchmark's options."""
-
-    def require_complete(self) -> Path:
-        """Refuse a command that lacks its data or its encoders; gives ``roots``."""
-        self.require_out()
-        _named(self.encoder, "--encoder", "an encoder")
-        _named(self.roots, "--roots", "a file that says where the data are")
-        assert self.roots is not None
-        return self.roots
 
 
 BenchmarkConfig = PlismConfig | HestConfig | EvaConfig | PathorobConfig | TilesConfig | PairedConfig

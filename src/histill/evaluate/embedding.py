@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -79,6 +79,8 @@ class EncoderEmbedder:
     batch: int = 64
     weights: str = ""
     """The encoder's ``content_hash()``."""
+    sample: list[NDArray[np.uint8]] = field(default_factory=list)
+    """The first tiles that it was shown, at most a batch: what its speed is measured on."""
 
     @classmethod
     def of(
@@ -127,10 +129,14 @@ class EncoderEmbedder:
         return self.encoder.embed_dim * (2 if self.pooling == "cls+mean" else 1)
 
     @property
+    def precision(self) -> str:
+        """``bf16`` or ``fp32``."""
+        return "bf16" if self.autocast._enabled else "fp32"
+
+    @property
     def key(self) -> str:
         """Hex digest of weights, pooling, size and precision."""
-        precision = "bf16" if self.autocast._enabled else "fp32"
-        return hashlib.sha256(f"{self.weights} {self.pooling} {self.input_px} {precision}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.weights} {self.pooling} {self.input_px} {self.precision}".encode()).hexdigest()
 
     def embed(self, tiles_NHW3: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features (N, D)."""
@@ -149,6 +155,8 @@ class EncoderEmbedder:
     @torch.no_grad()
     def _run(self, tiles_NHW3: NDArray[np.uint8], take: Callable[[Tokens], torch.Tensor]) -> NDArray[np.float32]:
         device, side, found = next(self.encoder.parameters()).device, self.input_px, []
+        if not self.sample:
+            self.sample.append(tiles_NHW3[: self.batch].copy())
         for start in range(0, len(tiles_NHW3), self.batch):
             part = np.ascontiguousarray(tiles_NHW3[start : start + self.batch])
             images_BCHW = torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float() / 255

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,21 +103,7 @@ def embedders_of(config: EncoderConfig, encoder: Encoder) -> list[EncoderEmbedde
         batch=config.batch,
     )
     others = [pooling for pooling in dict.fromkeys(poolings) if pooling != poolings[0]]
-    return [
-        first,
-        *(  # the weights are hashed once
-            EncoderEmbedder(
-                encoder=encoder,
-                name=first.name,
-                pooling=pooling,
-                input_px=first.input_px,
-                autocast=first.autocast,
-                batch=first.batch,
-                weights=first.weights,
-            )
-            for pooling in others
-        ),
-    ]
+    return [first, *(replace(first, pooling=pooling) for pooling in others)]  # the weights are hashed once
 
 
 def slide_embedder(embedder: Embedder, *, block: int = 64) -> EmbedSlide:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from histill import files
-from histill.errors import ConfigError
+from histill import config as configs
+from histill.errors import ConfigError, DataError
 from histill.evaluate.config import (
     BENCHMARKS,
     BenchmarkConfig,
+    EncoderConfig,
     EvaConfig,
     HestConfig,
     PairedConfig,
@@ -19,6 +22,7 @@ from histill.evaluate.config import (
     PlismConfig,
     TilesConfig,
 )
+from histill.evaluate.cost import cost_of
 from histill.evaluate.embedding import EncoderEmbedder, FeatureCache
 from histill.evaluate.encoders import pick_device, safe_name, slide_embedder
 from histill.evaluate.eva.run import run_eva
@@ -26,7 +30,7 @@ from histill.evaluate.eva.tasks import find_task
 from histill.evaluate.hest.run import run_hest
 from histill.evaluate.pathorob.run import run_pathorob
 from histill.evaluate.plism.run import run_plism
-from histill.evaluate.results import Result, write_result
+from histill.evaluate.results import Result, read_result, write_result
 from histill.evaluate.tables import run_paired, run_tiles
 
 __all__ = ["Job", "jobs_of"]
@@ -89,7 +93,8 @@ class Job:
         HistillError
             Of the benchmark: data that are not in their layout, features that are not finite, wrong options.
         ConfigError
-            The folder holds the results of another encoder, whose name gives the same folder.
+            The folder holds results that were made otherwise: by another encoder, from other data, with other
+            settings. They are not replaced.
         """
         if embedder is None:
             assert isinstance(self.config, PlismConfig | PathorobConfig)
@@ -98,11 +103,37 @@ class Job:
         else:
             name, pooling = embedder.name, embedder.pooling
         folder = self.folder(name, pooling)
-        _refuse_foreign(folder, name)
+        settings = self.settings(name, embedder)
+        before = _finished(folder)
+        if before is not None:
+            _keep_apart(folder, before.settings, settings)
         cache = FeatureCache(self.config.cache or self.config.require_out() / "features")
         if embedder is None:
-            return _run_features(self.config, cache, folder, console), folder
-        return _run(self, embedder, cache, folder, console), folder
+            result = _run_features(self.config, cache, folder, console)
+        else:
+            result = _run(self, embedder, cache, folder, console)
+        date = before.date if before and before.scores == result.scores else ""
+        result = replace(result, date=date or time.strftime("%Y-%m-%d"), settings=settings)
+        if embedder is not None:
+            cost = cost_of(embedder, cache.folder)
+            result = replace(result, weights=embedder.weights, data=result.data | {"cost": cost})
+        write_result(result, folder)
+        return result, folder
+
+    def settings(self, encoder: str, embedder: EncoderEmbedder | None) -> dict[str, Any]:
+        """All that was asked for and may change a number: encoder, data and the benchmark's own options."""
+        found: dict[str, Any] = {"encoder": encoder}
+        if embedder is not None:
+            sizes = {"input_px": embedder.input_px, "precision": embedder.precision}
+            found |= {"weights": embedder.weights, "pooling": embedder.pooling} | sizes
+        places = {name: getattr(self.config, name, None) for name in ("root", "table", "features")}
+        if self.task and self.data is not None:
+            places["root"] = self.data
+        found |= {name: str(path.resolve()) for name, path in places.items() if path is not None}
+        asked = configs.to_dict(self.config)
+        elsewhere = {entry.name for entry in fields(EncoderConfig)} | {*places, "task", "memory_gb"}
+        own = {name: value for name, value in asked.items() if name not in elsewhere}
+        return found | {name: sorted(value) if isinstance(value, list) else value for name, value in own.items()}
 
 
 def jobs_of(config: BenchmarkConfig) -> list[Job]:
@@ -118,19 +149,26 @@ def jobs_of(config: BenchmarkConfig) -> list[Job]:
     return [Job(config=config)]
 
 
-def _refuse_foreign(folder: Path, encoder: str) -> None:
-    """Stop before one encoder's results replace another's; results that cannot be read are written anew."""
+def _finished(folder: Path) -> Result | None:
+    """Results that are there and whole. What cannot be read, or was killed in its last moment, is written anew."""
     try:
-        found = files.read_json(folder / "results.json")["encoder"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if found != encoder:
+        found = read_result(folder)
+    except DataError:
+        return None
+    return found if found.date else None
+
+
+def _keep_apart(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Stop before a number is lost to one that was made otherwise."""
+    names = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+    if names:
+        before, now = (", ".join(f"{name} {each.get(name, 'not stated')}" for name in names) for each in (there, asked))
         raise ConfigError(
-            "this folder holds the results of another encoder",
+            "this folder holds results that were made otherwise, and they are not replaced",
             where=folder,
-            got=encoder,
-            allowed=found,
-            remedy="choose another --out",
+            got=f"now {now}",
+            allowed=f"as before: {before}",
+            remedy="choose another --out (--cache FOLDER shares the embeddings), or remove the folder",
         )
 
 
@@ -209,7 +247,7 @@ def _run_eva(
     job: Job, config: EvaConfig, embedder: EncoderEmbedder, cache: FeatureCache, out: Path, console: Console
 ) -> Result:
     assert job.task is not None
-    result = run_eva(
+    return run_eva(
         task=job.task,
         root=config.task_root(job.task),
         embedder=embedder,
@@ -221,5 +259,3 @@ def _run_eva(
         embed_slide=slide_embedder(embedder, block=embedder.batch),
         device=str(pick_device(config.device)),
     )
-    write_result(result, out)
-    return result

@@ -1,12 +1,16 @@
 """The benchmark ``paired``: PLISM's metrics on any set that shows the same fields under several scanners.
 
-Shapes: N tiles, D features, A and B tiles of two scanners, P twins, Q queries, R rows of a chunk, S slides, C pairs.
+The numbers are those of :mod:`histill.evaluate.retrieval`, which the checks during training call too; here every pair
+of scanners is kept as it is done, with its sums per slide.
+
+Shapes: N tiles, D features, P twins, S slides, C pairs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +19,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from histill.errors import DataError
-from histill.evaluate.checks import COLUMNS
 from histill.evaluate.embedding import Embedder, FeatureCache
-from histill.evaluate.features import Array, as_features, unit_rows
+from histill.evaluate.features import Array
 from histill.evaluate.parts import digest, kept, progress
 from histill.evaluate.results import Result, Score, write_result
-from histill.evaluate.retrieval import COSINE_RESOLUTION, twins
+from histill.evaluate.retrieval import PairHits, ScannerTiles, fields_of, pair_hits, twins
 from histill.evaluate.statistics import Clusters, clusters_of, estimate
-from histill.evaluate.table_tiles import TableTiles, embed_tiles, open_tiles
+from histill.evaluate.table_tiles import TableTiles, embed_tiles, open_tiles, unreadable_note
 
-__all__ = ["TOP", "pair_hits", "run_paired"]
+__all__ = ["TOP", "run_paired"]
 
 TOP = (1, 3, 5, 10)
 """The values of k of retrieval."""
-_ENTRIES = 2**24  # similarities at once: 128 MiB in float64
 _PROTOCOL = "paired 1"
 """Changes when a part's number would."""
-
-
-def _ranks(query_QD: Array, own_AD: Array, own_Q: Array, other_BD: Array, twin_Q: Array) -> tuple[Array, Array]:
-    """How many tiles of both scanners are nearer to a query than its twin, and how many are as near (with the twin)."""
-    nearer_Q, equal_Q = np.zeros(len(query_QD)), np.zeros(len(query_QD))
-    step = max(1, _ENTRIES // max(len(own_AD), len(other_BD)))
-    for start in range(0, len(query_QD), step):
-        rows = slice(start, start + step)
-        cross_RB = query_QD[rows] @ other_BD.T
-        self_RA = query_QD[rows] @ own_AD.T
-        here = np.arange(len(cross_RB))
-        self_RA[here, own_Q[rows]] = -np.inf  # the tile itself is no candidate
-        twin_R1 = cross_RB[here, twin_Q[rows], None]
-        for near in (cross_RB, self_RA):
-            lead = near - twin_R1
-            nearer_Q[rows] += (lead > COSINE_RESOLUTION).sum(axis=1)
-            equal_Q[rows] += (np.abs(lead) <= COSINE_RESOLUTION).sum(axis=1)
-    return nearer_Q, equal_Q
-
-
-def pair_hits(
-    a_AD: Array, b_BD: Array, twin_a_P: Array, twin_b_P: Array, top: Sequence[int] = TOP
-) -> tuple[NDArray[np.float64], dict[int, NDArray[np.float64]]]:
-    """Cosine of each pair of twins, and how far each is found among the k nearest: the terms of PLISM's means.
-
-    The same numbers as :func:`histill.evaluate.retrieval.paired_retrieval` (pool: all tiles of both scanners; ties
-    share their ranks), before the mean over the twins, and in chunks of rows.
-
-    Parameters
-    ----------
-    a_AD, b_BD
-        Features of all tiles of two scanners.
-    twin_a_P, twin_b_P
-        Row numbers of twins.
-    top
-        The values of k.
-
-    Returns
-    -------
-    tuple
-        Cosines (P,), and per k the mean of both directions' hits (P,), 0 to 1.
-    """
-    a_AD, b_BD = (unit_rows(as_features(x, "features")) for x in (a_AD, b_BD))
-    cosine_P = np.einsum("pd,pd->p", a_AD[twin_a_P], b_BD[twin_b_P])
-    forth = _ranks(a_AD[twin_a_P], a_AD, twin_a_P, b_BD, twin_b_P)
-    back = _ranks(b_BD[twin_b_P], b_BD, twin_b_P, a_AD, twin_a_P)
-    hits = {
-        k: np.mean([np.clip((k - nearer) / equal, 0.0, 1.0) for nearer, equal in (forth, back)], axis=0) for k in top
-    }
-    return cosine_P, hits
 
 
 def run_paired(
@@ -108,9 +60,8 @@ def run_paired(
     """
     begun = time.monotonic()
     cache = cache if cache.folder else FeatureCache(out / "features")
-    tiles = open_tiles(csv_path, COLUMNS["paired"], input_px, out / "parts", console)
-    slide, scanner, x, y = (tiles.columns[name] for name in ("slide", "scanner", "x", "y"))
-    field_N = np.array([f"{s} x={i} y={j}" for s, i, j in zip(slide, x, y, strict=True)])
+    tiles = open_tiles(csv_path, "paired", input_px, out / "parts", console)
+    scanner, field_N = tiles.columns["scanner"], fields_of(tiles.columns)
     pairs = twins(scanner, field_N)
     if not pairs:
         raise DataError("no field (slide, x, y) was seen by two scanners", where=csv_path)
@@ -147,23 +98,31 @@ def _parts(
     """Compare every pair of scanners, or read what was found."""
     scanner, slide = tiles.columns["scanner"], tiles.columns["slide"]
     decides = {"protocol": _PROTOCOL, "encoder": embedder.key, "data": tiles.key, "fields": fields}
-    parts: list[dict[str, Any]] = []
+    ready: dict[str, ScannerTiles] = {}
+
+    def tiles_of(name: str) -> tuple[ScannerTiles, Array]:
+        """A scanner's tiles and their row numbers; prepared for the first pair that is not there yet."""
+        rows_A = np.flatnonzero(scanner == name)
+        if name not in ready:
+            ready[name] = ScannerTiles.of(features_ND[rows_A])
+        return ready[name], rows_A
+
+    def compute(a: str, b: str) -> dict[str, Any]:
+        (tiles_a, rows_A), (tiles_b, rows_B) = tiles_of(a), tiles_of(b)
+        twin_a, twin_b = pairs[a, b]
+        hits = pair_hits(tiles_a, tiles_b, np.searchsorted(rows_A, twin_a), np.searchsorted(rows_B, twin_b), TOP)
+        return _pair_part(hits, slide[twin_a])
+
     with progress(console) as bar:
-        for (a, b), rows in bar.track(list(pairs.items()), description="pairs"):
-            members = [np.flatnonzero(scanner == name) for name in (a, b)]
-
-            def compute(members: list[Array] = members, rows: tuple[Array, Array] = rows) -> dict[str, Any]:
-                local = [np.searchsorted(member, row) for member, row in zip(members, rows, strict=True)]
-                cosine_P, hits = pair_hits(features_ND[members[0]], features_ND[members[1]], local[0], local[1])
-                return _pair_part(cosine_P, hits, slide[rows[0]])
-
-            parts.append(kept(out / "parts", f"{a}-{b}", decides | {"pair": [a, b]}, compute))
-    return parts
+        return [
+            kept(out / "parts", f"{a}-{b}", decides | {"pair": [a, b]}, partial(compute, a, b))
+            for a, b in bar.track(list(pairs), description="pairs")
+        ]
 
 
-def _pair_part(cosine_P: Array, hits: dict[int, Array], slide_P: Array) -> dict[str, Any]:
+def _pair_part(hits: PairHits, slide_P: Array) -> dict[str, Any]:
     """Sums per slide."""
-    measures = {"cosine": cosine_P} | {f"top_{k}": hits_P for k, hits_P in hits.items()}
+    measures = {"cosine": hits.cosine_P} | {f"top_{k}": hits_P for k, hits_P in hits.top.items()}
     found = clusters_of(np.stack(list(measures.values()), axis=1), np.ones((len(slide_P), len(measures))), slide_P)
     sums = {name: found.numerator_SC[:, i].tolist() for i, name in enumerate(measures)}
     return {"slides": list(found.names), "twins": found.denominator_SC[:, 0].tolist(), "sums": sums}
@@ -188,5 +147,5 @@ def _plain_pair(a: str, b: str, part: dict[str, Any]) -> dict[str, Any]:
 
 def _paired_score(name: str, clusters: Clusters, pairs: int, tiles: TableTiles) -> Score:
     found = estimate(clusters)
-    notes = [f"mean over {pairs} pairs of scanners", *tiles.notes()]
+    notes = [f"mean over {pairs} pairs of scanners", *unreadable_note(list(tiles.unreadable))]
     return Score(name=name, value=found.value, low=found.low, high=found.high, note="; ".join(notes))

@@ -47,6 +47,12 @@ class Result:
     """The benchmark's own: pairs, folds, runs, matrices."""
     seconds: float = 0.0
     histill: str = __version__
+    weights: str = ""
+    """The encoder's ``content_hash()``; empty where features came without their encoder."""
+    date: str = ""
+    """Day on which these scores were first there, YYYY-MM-DD; empty until the command has added what it knows."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """All that was asked for and may change a number."""
 
 
 def write_result(result: Result, folder: Path) -> None:
@@ -71,6 +77,7 @@ def read_result(folder: Path) -> Result:
         plain = files.read_json(path)
         scores = tuple(Score(**score) for score in plain.pop("scores"))
         known = {name: plain.pop(name) for name in _FIELDS}
+        known |= {name: plain.pop(name) for name in _LATER_FIELDS if name in plain}
         return Result(scores=scores, details=plain, **known)
     except FileNotFoundError:
         raise DataError("there are no results here", where=path, remedy="run histill evaluate first") from None
@@ -79,3 +86,4 @@ def read_result(folder: Path) -> Result:
 
 
 _FIELDS = ("benchmark", "encoder", "encoder_key", "pooling", "headline", "data", "seconds", "histill")
+_LATER_FIELDS = ("weights", "date", "settings")  # older results lack them

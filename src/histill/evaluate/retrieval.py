@@ -1,23 +1,46 @@
 """Scanner robustness: whether the same field, scanned by another scanner, stays the nearest.
 
-Shapes: N tiles, D features; A and B tiles of two scanners, P twins of one pair of scanners.
+The protocol is that of PLISM's top-k accuracy, for scanners of which not all have seen every field: for two scanners a
+and b, for each tile of a that has a twin in b, is the twin among the k nearest by cosine of *all tiles of both
+scanners except the tile itself*, from whatever slide, with a twin or without? The two directions are averaged.
+
+Tiles as near as the twin (within :data:`COSINE_RESOLUTION`) share their ranks: what counts is the chance that the twin
+is found when ties are drawn at random, so that a collapsed encoder scores k / (tiles - 1), neither 0 nor 1. (PLISM's
+own definition, in :mod:`histill.evaluate.plism.engine`, counts ties for the twin and has no tiles without one.)
+
+The checks during training and the benchmark ``paired`` both get their numbers from :func:`pair_hits`.
+
+Shapes: N tiles, D features; A and B tiles of two scanners, P twins of one pair of scanners, R tiles of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from histill.errors import DataError
 from histill.evaluate.features import Array, as_features, unit_rows
 
-__all__ = ["COSINE_RESOLUTION", "RetrievalResult", "paired_retrieval", "twins"]
+__all__ = [
+    "COSINE_RESOLUTION",
+    "PairHits",
+    "RetrievalResult",
+    "ScannerTiles",
+    "fields_of",
+    "pair_hits",
+    "paired_retrieval",
+    "twins",
+]
 
 COSINE_RESOLUTION = 2.0**-23
 """Cosines nearer than this (the spacing of float32 above 1) are equal: no lead that vanishes in float32 is a lead."""
+
+CHUNK = 2**24
+"""Similarities at once: 128 MiB in float64. Those of a scanner with itself are kept where they are no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +63,55 @@ class RetrievalResult:
     def top_10(self) -> float:
         """``top[10]``."""
         return self.top[10]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScannerTiles:
+    """The tiles of one scanner, ready to be compared with those of any other."""
+
+    unit_AD: NDArray[np.float64]
+    """Rows of length 1."""
+    own_AA: NDArray[np.float64] | None
+    """Their cosines with one another, -inf with themselves; None where these are too many to be kept."""
+
+    @classmethod
+    def of(cls, features_AD: Array) -> ScannerTiles:
+        """Scale the rows of a scanner's features (any float type), and compare them with one another.
+
+        Raises
+        ------
+        DataError
+            A feature is not finite.
+        """
+        unit_AD = unit_rows(as_features(features_AD, "features"))
+        if len(unit_AD) ** 2 > CHUNK:
+            return cls(unit_AD=unit_AD, own_AA=None)
+        own_AA = unit_AD @ unit_AD.T
+        np.fill_diagonal(own_AA, -np.inf)  # the tile itself is no candidate
+        return cls(unit_AD=unit_AD, own_AA=own_AA)
+
+    def own(self, rows_R: Array) -> NDArray[np.float64]:
+        """Cosines of some tiles with all of the scanner's (R, A)."""
+        if self.own_AA is not None:
+            return self.own_AA[rows_R]
+        own_RA: NDArray[np.float64] = self.unit_AD[rows_R] @ self.unit_AD.T
+        own_RA[np.arange(len(rows_R)), rows_R] = -np.inf
+        return own_RA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairHits:
+    """What is known of each twin of a pair of scanners: the terms of the means."""
+
+    cosine_P: NDArray[np.float64]
+    """-1 to 1."""
+    top: dict[int, NDArray[np.float64]]
+    """k -> (P,) how far the twin is among the k nearest, mean of both directions, 0 to 1."""
+
+
+def fields_of(columns: Mapping[str, Array]) -> Array:
+    """Write out the place of each tile of a paired table: slide, x, y."""
+    return np.array([f"{s} x={x} y={y}" for s, x, y in zip(*(columns[n] for n in ("slide", "x", "y")), strict=True)])
 
 
 def twins(scanner_N: Array, key_N: Array) -> dict[tuple[str, str], tuple[Array, Array]]:
@@ -77,35 +149,49 @@ def twins(scanner_N: Array, key_N: Array) -> dict[tuple[str, str], tuple[Array, 
     return found  # type: ignore[return-value]
 
 
-def _ahead(similarity_PM: Array, twin_P: Array) -> tuple[Array, Array]:
-    """Per row, how many entries are nearer than the twin, and how many are as near."""
+def _ahead(similarity_PM: Array, twin_P: Array) -> NDArray[np.int64]:
+    """Per row, how many entries are nearer than the twin, and how many as near: (2, P)."""
     lead_PM = similarity_PM - twin_P[:, None]
     nearer_P = (lead_PM > COSINE_RESOLUTION).sum(axis=1)
-    return nearer_P, (lead_PM >= -COSINE_RESOLUTION).sum(axis=1) - nearer_P
+    return np.stack([nearer_P, (lead_PM >= -COSINE_RESOLUTION).sum(axis=1) - nearer_P])
 
 
-def _hits(own_PA: Array, other_PB: Array, twin_P: Array, top: Sequence[int]) -> list[float]:
-    """Share of twins found, per k: ``own`` and ``other`` hold the query's and the other scanner's tiles."""
-    own_nearer, own_equal = _ahead(own_PA, twin_P)
-    other_nearer, other_equal = _ahead(other_PB, twin_P)
-    nearer, equal = own_nearer + other_nearer, own_equal + other_equal  # the twin itself is among the equal ones
-    return [float(np.clip((k - nearer) / equal, 0.0, 1.0).mean()) for k in top]
+def pair_hits(a: ScannerTiles, b: ScannerTiles, twin_a_P: Array, twin_b_P: Array, top: Sequence[int]) -> PairHits:
+    """Rank each tile's twin under another scanner, in both directions; exact, in float64, in chunks of rows.
+
+    Parameters
+    ----------
+    a, b
+        All tiles of two scanners.
+    twin_a_P, twin_b_P
+        Row numbers of twins.
+    top
+        The values of k.
+    """
+    cosine_P = np.einsum("pd,pd->p", a.unit_AD[twin_a_P], b.unit_AD[twin_b_P])
+    forth_2P, back_2P = np.zeros((2, 2, len(cosine_P)), np.int64)
+    step = max(1, CHUNK // max(len(a.unit_AD), len(b.unit_AD)))
+    for start in range(0, len(a.unit_AD), step):  # both directions from one product
+        cross_RB = a.unit_AD[start : start + step] @ b.unit_AD.T
+        here = np.flatnonzero((twin_a_P >= start) & (twin_a_P < start + step))
+        forth_2P[:, here] += _ahead(cross_RB[twin_a_P[here] - start], cosine_P[here])
+        back_2P += _ahead(cross_RB[:, twin_b_P].T, cosine_P)
+    for tiles, twin_P, ahead_2P in ((a, twin_a_P, forth_2P), (b, twin_b_P, back_2P)):
+        for start in range(0, len(cosine_P), step):
+            rows = slice(start, start + step)
+            ahead_2P[:, rows] += _ahead(tiles.own(twin_P[rows]), cosine_P[rows])
+    shares = {
+        k: [np.clip((k - nearer_P) / equal_P, 0.0, 1.0) for nearer_P, equal_P in (forth_2P, back_2P)] for k in top
+    }
+    return PairHits(cosine_P=cosine_P, top={k: (forth_P + back_P) / 2 for k, (forth_P, back_P) in shares.items()})
 
 
 def paired_retrieval(
     features_ND: Array, scanner_N: Array, key_N: Array, top: Sequence[int] = (1, 10)
 ) -> RetrievalResult:
-    """Find each tile's twin under another scanner (the protocol of PLISM's top-k accuracy).
+    """Find each tile's twin under another scanner: means of :func:`pair_hits` over the twins, then over the pairs.
 
-    For two scanners a and b, for each tile of a that has a twin in b: is the twin among the k nearest by cosine of
-    *all tiles of both scanners except the tile itself*, from whatever slide, with a twin or without? The shares of
-    the two directions are averaged, and then those of the scanner pairs, each pair with the same weight. ``cosine``
-    is the mean over the twins of a pair, and then over the pairs. Without ties this equals plismbench's exact
-    numbers.
-
-    Tiles as near as the twin (within ``COSINE_RESOLUTION``) share their ranks: what counts is the chance that
-    the twin is found when ties are drawn at random, so that a collapsed encoder scores k / (tiles - 1), neither 0 nor
-    1. Exact, in float64; one product per pair and one per scanner.
+    Each pair of scanners has the same weight. Without ties this equals plismbench's exact numbers.
 
     Parameters
     ----------
@@ -121,31 +207,24 @@ def paired_retrieval(
     DataError
         When lengths differ, features are not finite, a field is held twice, or no two scanners share a field.
     """
-    unit_ND = unit_rows(as_features(features_ND, "features"))
-    if not len(unit_ND) == len(scanner_N) == len(key_N):
+    features_ND = as_features(features_ND, "features")
+    if not len(features_ND) == len(scanner_N) == len(key_N):
         raise DataError(
             "one scanner and one key per feature row are needed",
-            got=f"{len(unit_ND)} rows, {len(scanner_N)} scanners, {len(key_N)} keys",
+            got=f"{len(features_ND)} rows, {len(scanner_N)} scanners, {len(key_N)} keys",
         )
     scanners_N = scanner_N.astype(str)
     pairs = twins(scanner_N, key_N)
     if not pairs:
         raise DataError("no field was seen by two scanners", got=f"scanners {', '.join(sorted(set(scanners_N)))}")
     members = {scanner: np.flatnonzero(scanners_N == scanner) for scanner in sorted(set(scanners_N))}
-    place_N = np.empty(len(unit_ND), dtype=np.intp)  # a tile's number within its scanner
-    own = {}
-    for scanner, rows in members.items():
-        place_N[rows] = np.arange(len(rows))
-        own[scanner] = unit_ND[rows] @ unit_ND[rows].T
-        np.fill_diagonal(own[scanner], -np.inf)  # the tile itself is no candidate
-    shares, cosines = [], []
+    tiles = {scanner: ScannerTiles.of(features_ND[rows]) for scanner, rows in members.items()}
+    found = []
     for (a, b), (rows_a, rows_b) in pairs.items():
-        cross_AB = unit_ND[members[a]] @ unit_ND[members[b]].T
-        in_a, in_b = place_N[rows_a], place_N[rows_b]
-        twin_P = cross_AB[in_a, in_b]
-        forth = _hits(own[a][in_a], cross_AB[in_a], twin_P, top)
-        back = _hits(own[b][in_b], cross_AB[:, in_b].T, twin_P, top)
-        shares.append([(x + y) / 2 for x, y in zip(forth, back, strict=True)])
-        cosines.append(float(twin_P.mean()))
-    means = dict(zip(top, np.mean(shares, axis=0).tolist(), strict=True))
-    return RetrievalResult(top=means, cosine=float(np.mean(cosines)), pairs=len(pairs))
+        twin_a, twin_b = np.searchsorted(members[a], rows_a), np.searchsorted(members[b], rows_b)
+        found.append(pair_hits(tiles[a], tiles[b], twin_a, twin_b, top))
+    return RetrievalResult(
+        top={k: float(np.mean([hits.top[k].mean() for hits in found])) for k in top},
+        cosine=float(np.mean([hits.cosine_P.mean() for hits in found])),
+        pairs=len(pairs),
+    )

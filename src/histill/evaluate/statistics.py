@@ -1,11 +1,12 @@
 """How sure a number is: bootstrap over slides or patients, for one encoder, between two, and of a retention.
 
-Tiles of one slide are alike, so that slides (or patients) are drawn again, with all that belongs to them. Every
-measure here is a mean of ratios of sums: ``mean over c of (sum over s of a_sc) / (sum over s of b_sc)``, with cluster
+Tiles of one slide are alike, so that slides (or patients) are drawn again, with all that belongs to them. Nearly every
+measure is a mean of ratios of sums: ``mean over c of (sum over s of a_sc) / (sum over s of b_sc)``, with cluster
 s and component c. A plain mean has one component; balanced accuracy has one per class (right answers over images); a
 mean over tasks has one per task. So a resample costs two small products, whatever the number of tiles, and what has to
-be kept for a later comparison is small enough for a JSON file. (An area under the ROC curve is no such ratio:
-:func:`histill.evaluate.probes.cluster_bootstrap`.)
+be kept for a later comparison is small enough for a JSON file. Others say themselves what they are on a resample
+(:class:`Measure`; PLISM's medians: :mod:`histill.evaluate.plism.groups`). An area under the ROC curve keeps nothing:
+:func:`histill.evaluate.probes.cluster_bootstrap`.
 
 Shapes: N images, S clusters, C components, B resamples.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ __all__ = [
     "Clusters",
     "Comparison",
     "Estimate",
+    "Measure",
     "accuracy_clusters",
     "clusters_of",
     "draws",
@@ -45,6 +47,34 @@ LEVEL = 0.95
 """Coverage of an interval."""
 FEWEST = 2
 """Clusters that an interval needs at least; with under about 10 it is known to be too narrow."""
+
+
+class Measure(Protocol):
+    """A number of some clusters that can be computed again when they are drawn again."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Clusters (S): slides or patients."""
+        ...
+
+    @property
+    def strata(self) -> tuple[str, ...] | None:
+        """Where clusters are drawn within groups of them: the group of each."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What two encoders on the same data have in common besides the names."""
+        ...
+
+    @property
+    def value(self) -> float:
+        """The number itself."""
+        ...
+
+    def values(self, drawn_BS: Array) -> NDArray[np.float64]:
+        """(B,) numbers when cluster s counts ``drawn_BS[b, s]`` times; NaN where there is none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,6 +100,11 @@ class Clusters:
         values_B: NDArray[np.float64] = np.full(len(drawn_BS), np.nan)
         np.divide(ratio_BC.sum(axis=1), present_B, out=values_B, where=present_B > 0)
         return values_B
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Clusters and components."""
+        return self.denominator_SC.shape
 
     @property
     def value(self) -> float:
@@ -110,7 +145,7 @@ class Estimate:
     value: float
     low: float | None
     high: float | None
-    """The ends; None when there are fewer than two clusters to draw from."""
+    """The ends; None with fewer than two clusters, or when less than half of the resamples have a number."""
     clusters: int
     resamples: int
     """Resamples on which the number was defined."""
@@ -125,7 +160,7 @@ class Comparison:
     difference: float
     low: float | None
     high: float | None
-    """Interval of the difference; None with fewer than two clusters."""
+    """Interval of the difference; None as in :class:`Estimate`."""
     p: float | None
     """Two-sided."""
     clusters: int
@@ -199,47 +234,48 @@ def draws(
     return drawn_BS
 
 
-def _drawn(clusters: Clusters, resamples: int, seed: int) -> NDArray[np.float64] | None:
+def _drawn(measure: Measure, resamples: int, seed: int) -> NDArray[np.float64] | None:
     """None when a resample could only be the sample itself."""
-    labels = clusters.strata or ("",) * len(clusters.names)
+    labels = measure.strata or ("",) * len(measure.names)
     if max(labels.count(label) for label in set(labels)) < FEWEST:
         return None
-    return draws(len(clusters.names), resamples=resamples, seed=seed, strata=clusters.strata)
+    return draws(len(measure.names), resamples=resamples, seed=seed, strata=measure.strata)
 
 
-def _ends(values_B: Array, level: float) -> tuple[float, float, int]:
+def _ends(values_B: Array, level: float) -> tuple[float | None, float | None, int]:
+    """Percentiles of the resamples that have a number, and how many these are."""
     defined = values_B[np.isfinite(values_B)]
-    if not len(defined):
-        raise DataError("the measure is defined on no resample", got=f"{len(values_B)} resamples")
+    if 2 * len(defined) < len(values_B):
+        return None, None, len(defined)
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high), len(defined)
 
 
-def estimate(clusters: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL) -> Estimate:
+def estimate(measure: Measure, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL) -> Estimate:
     """Value and percentile interval of one measure (Efron and Tibshirani 1993, chapter 13).
 
     Parameters
     ----------
-    clusters
-        The measure.
+    measure
+        What is estimated.
     resamples, seed, level
         Number of resamples, their seed, and the coverage (0 to 1). Equal arguments give equal intervals.
     """
-    drawn_BS = _drawn(clusters, resamples, seed)
-    low, high, defined = (None, None, 0) if drawn_BS is None else _ends(clusters.values(drawn_BS), level)
+    drawn_BS = _drawn(measure, resamples, seed)
+    low, high, defined = (None, None, 0) if drawn_BS is None else _ends(measure.values(drawn_BS), level)
     return Estimate(
-        value=clusters.value,
+        value=measure.value,
         low=low,
         high=high,
-        clusters=len(clusters.names),
+        clusters=len(measure.names),
         resamples=defined,
         seed=seed,
         level=level,
     )
 
 
-def _same_data(a: Clusters, b: Clusters) -> None:
-    if a.names != b.names or a.strata != b.strata or a.denominator_SC.shape != b.denominator_SC.shape:
+def _same_data(a: Measure, b: Measure) -> None:
+    if a.names != b.names or a.strata != b.strata or a.shape != b.shape:
         odd = sorted(set(a.names) ^ set(b.names))
         raise DataError(
             "two encoders can be compared on the same slides only",
@@ -249,7 +285,7 @@ def _same_data(a: Clusters, b: Clusters) -> None:
 
 
 def paired_test(
-    a: Clusters, b: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL
+    a: Measure, b: Measure, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL
 ) -> Comparison:
     """Compare two encoders on the same slides: both see the same resamples, so that what slides share cancels.
 
@@ -279,7 +315,7 @@ def paired_test(
         # equal distances count as equal, though they differ by rounding
         rounding = 8 * np.finfo(np.float64).eps * max(abs(a.value), abs(b.value))
         far_B = np.abs(found_B - difference) >= abs(difference) - rounding
-        p = float(1 + far_B.sum()) / (1 + defined)
+        p = None if low is None else float(1 + far_B.sum()) / (1 + defined)
     return Comparison(
         difference=difference,
         low=low,
@@ -293,7 +329,7 @@ def paired_test(
 
 
 def retention_percent(
-    student: Clusters, teacher: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL
+    student: Measure, teacher: Measure, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL
 ) -> Estimate:
     """100 x student / teacher, with the interval of the ratio on the same resamples.
 

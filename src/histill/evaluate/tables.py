@@ -2,7 +2,8 @@
 
 A *labelled* table has the columns ``path,label,slide,split`` (and, where known, ``patient``), a *paired* one
 ``path,slide,scanner,x,y`` (:mod:`histill.evaluate.paired`); paths are relative to its folder. Tiles are resized as a
-whole to the encoder's side (bilinear, antialiased), as the checks during training do.
+whole to the encoder's side (bilinear, antialiased). The checks during training (:mod:`histill.evaluate.checks`) call
+the same probes on the same columns and tiles.
 
 Shapes: N tiles, D features, M test tiles, C classes, S supports.
 """
@@ -19,24 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from histill.errors import DataError
-from histill.evaluate.checks import COLUMNS
 from histill.evaluate.embedding import Embedder, FeatureCache
 from histill.evaluate.features import Array, as_features, unit_rows
+from histill.evaluate.labelled import NEIGHBOURS, Labelled, refuse_unscorable, shared_note, unit_of
 from histill.evaluate.paired import run_paired
 from histill.evaluate.parts import digest, kept, progress
-from histill.evaluate.probes import (
-    ProbeResult,
-    balanced_accuracy,
-    cluster_bootstrap,
-    inner_splits,
-    knn_probe,
-    linear_probe,
-    macro_auc,
-)
+from histill.evaluate.probes import ProbeResult, balanced_accuracy, macro_auc
 from histill.evaluate.results import Result, Score, write_result
-from histill.evaluate.statistics import RESAMPLES, SEED, Clusters, accuracy_clusters, estimate
-from histill.evaluate.table_tiles import TableTiles, embed_tiles, open_tiles
+from histill.evaluate.statistics import Clusters, accuracy_clusters, estimate
+from histill.evaluate.table_tiles import TableTiles, embed_tiles, open_tiles, unreadable_note
 
 __all__ = ["DRAWS", "SHOTS", "few_shot", "run_paired", "run_tiles"]
 
@@ -44,7 +36,6 @@ SHOTS = (1, 4, 16)
 """Training tiles per class of the few-shot scores."""
 DRAWS = 20
 """Draws of them that are averaged; their seeds are 0 to 19."""
-_NEIGHBOURS = 20
 _PROTOCOL = "tiles 1"
 """Changes when a part's number would."""
 
@@ -90,14 +81,11 @@ def run_tiles(
 
     Parameters
     ----------
-    csv_path
-        The table; see the top of this module.
-    embedder, cache
-        Who embeds, and where features are kept (``out/features`` if the cache has no folder).
-    input_px
-        Side that tiles are resized to, the embedder's own.
-    out
-        Gets ``parts/`` and ``results.json``.
+    csv_path, input_px
+        The table (see the top of this module), and the side that tiles are resized to, the embedder's own.
+    embedder, cache, out
+        Who embeds, and where features are kept (``out/features`` if the cache has no folder); ``out`` gets ``parts/``
+        and ``results.json``.
     shots, seeds
         Training tiles per class of the few-shot scores, and how many draws of them are averaged.
 
@@ -114,21 +102,21 @@ def run_tiles(
     """
     begun = time.monotonic()
     cache = cache if cache.folder else FeatureCache(out / "features")
-    tiles = open_tiles(csv_path, COLUMNS["labelled"], input_px, out / "parts", console)
-    unit = "patient" if "patient" in tiles.columns else "slide"
-    _refuse_unusable(csv_path, tiles, unit)
-    labelled = _Labelled(tiles, embed_tiles(tiles, embedder, cache, console), unit)
+    tiles = open_tiles(csv_path, "labelled", input_px, out / "parts", console)
+    refuse_unscorable(csv_path, tiles.columns)
+    labelled = Labelled.of(tiles.columns, embed_tiles(tiles, embedder, cache, console))
     parts = _parts(labelled, tiles, embedder, shots, seeds, out / "parts", console)
+    notes = [*unreadable_note(list(tiles.unreadable)), *shared_note(tiles.columns)]
     clusters = {_named(name, "balanced_accuracy"): part["clusters"] for name, part in parts.items()}
-    asked = {"clusters": unit, "shots": list(shots), "seeds": list(range(seeds)), "protocol": _PROTOCOL}
+    asked = {"shots": list(shots), "seeds": list(range(seeds)), "protocol": _PROTOCOL}
     result = Result(
         benchmark="tiles",
         encoder=embedder.name,
         encoder_key=embedder.key,
         pooling=embedder.pooling,
         headline="linear_balanced_accuracy",
-        scores=tuple(score for name, part in parts.items() for score in _scores(name, part, labelled.notes())),
-        data=tiles.describe(csv_path) | asked,
+        scores=tuple(score for name, part in parts.items() for score in _scores(name, part, notes)),
+        data=tiles.describe(csv_path) | {"clusters": unit_of(tiles.columns)} | asked,
         details={"parts": parts, "clusters": clusters},
         seconds=time.monotonic() - begun,
     )
@@ -136,27 +124,8 @@ def run_tiles(
     return result
 
 
-def _refuse_unusable(csv_path: Path, tiles: TableTiles, unit: str) -> None:
-    """Find now, before any tile is embedded, what would make a probe fail."""
-    label, split = tiles.columns["label"], tiles.columns["split"]
-    if wrong := sorted(set(split.tolist()) - {"train", "val", "test"}):
-        raise DataError("an unknown split", where=csv_path, got=", ".join(wrong), allowed="train, val, test")
-    train, test = (set(label[split == side].tolist()) for side in ("train", "test"))
-    if not test <= train or len(test) < 2:
-        raise DataError(
-            "a probe needs two classes among the test tiles, and training tiles of each of them",
-            where=csv_path,
-            got=f"train: {', '.join(sorted(train))}; test: {', '.join(sorted(test))}",
-        )
-    if (split == "train").sum() < _NEIGHBOURS:
-        raise DataError(
-            f"a probe needs at least {_NEIGHBOURS} training tiles", where=csv_path, got=int((split == "train").sum())
-        )
-    inner_splits(label[split == "train"], tiles.columns[unit][split == "train"])
-
-
 def _parts(
-    labelled: _Labelled,
+    labelled: Labelled,
     tiles: TableTiles,
     embedder: Embedder,
     shots: Sequence[int],
@@ -173,9 +142,9 @@ def _parts(
         "labels": digest([tiles.columns[name].tolist() for name in columns]),
     }
     jobs: list[tuple[str, dict[str, int], Callable[[], dict[str, Any]]]] = [
-        ("linear", {}, labelled.linear),
-        ("knn", {"k": _NEIGHBOURS}, labelled.knn),
-        *((f"few_shot/{n}", {"shots": n, "seeds": seeds}, partial(labelled.few, n, seeds)) for n in shots),
+        ("linear", {}, partial(_linear, labelled)),
+        ("knn", {"k": NEIGHBOURS}, lambda: _part(labelled, [labelled.knn()])),
+        *((f"few_shot/{n}", {"shots": n, "seeds": seeds}, partial(_few, labelled, n, seeds)) for n in shots),
     ]
     parts: dict[str, dict[str, Any]] = {}
     with progress(console) as bar:
@@ -190,67 +159,39 @@ def _named(part: str, measure: str) -> str:
     return f"{kind}_{measure}{slash}{shots}"
 
 
-class _Labelled:
-    """Features and columns of the two splits, and the probes on them."""
+def _part(labelled: Labelled, probes: Sequence[ProbeResult]) -> dict[str, Any]:
+    """Plain values of one probe, or of the mean over several draws."""
+    y_M = labelled.y_test_M
+    right = [np.asarray(probe.classes)[probe.scores_MC.argmax(axis=1)] == y_M for probe in probes]
+    ends = labelled.auc_interval(probes[0]) if len(probes) == 1 else None
+    return {
+        "balanced_accuracy": [probe.balanced_accuracy for probe in probes],
+        "auc": [probe.auc for probe in probes],
+        "clusters": accuracy_clusters(y_M, np.mean(right, axis=0), labelled.groups_test_M).to_plain(),
+        "auc_interval": [ends.low, ends.high] if ends else None,
+    }
 
-    def __init__(self, tiles: TableTiles, features_ND: NDArray[np.float32], unit: str) -> None:
-        split = tiles.columns["split"]
-        self._notes = tiles.notes()
-        self._y = {side: tiles.columns["label"][split == side] for side in ("train", "test")}
-        self._groups = {side: tiles.columns[unit][split == side] for side in ("train", "test")}
-        self._unit = unit
-        x_train_ND, x_test_MD = (np.asarray(features_ND)[split == side] for side in ("train", "test"))
-        self.data = (x_train_ND, self._y["train"], x_test_MD, self._y["test"])
 
-    def notes(self) -> list[str]:
-        """What a reader of every score must know."""
-        shared = sorted(set(self._groups["train"].tolist()) & set(self._groups["test"].tolist()))
-        if not shared:
-            return self._notes
-        return [
-            *self._notes,
-            f"{len(shared)} {self._unit}s are in train and test, first {shared[0]}: scores are inflated",
-        ]
+def _linear(labelled: Labelled) -> dict[str, Any]:
+    probe = labelled.linear()
+    return _part(labelled, [probe]) | {"c": probe.c}
 
-    def _part(self, scores: Sequence[ProbeResult]) -> dict[str, Any]:
-        """Plain values of one probe, or of the mean over several draws."""
-        y_M, groups_M = self._y["test"], self._groups["test"]
-        right = [np.asarray(p.classes)[p.scores_MC.argmax(axis=1)] == y_M for p in scores]
-        part: dict[str, Any] = {
-            "balanced_accuracy": [p.balanced_accuracy for p in scores],
-            "auc": [p.auc for p in scores],
-            "clusters": accuracy_clusters(y_M, np.mean(right, axis=0), groups_M).to_plain(),
-            "auc_interval": None,
-        }
-        if len(np.unique(groups_M)) > 1 and len(scores) == 1:
-            ends = cluster_bootstrap(
-                y_M, scores[0].scores_MC, scores[0].classes, groups_M, resamples=RESAMPLES, seed=SEED
+
+def _few(labelled: Labelled, shots: int, seeds: int) -> dict[str, Any]:
+    x_train_ND, y_train_N, x_test_MD, y_M = labelled.data
+    found = []
+    for seed in range(seeds):
+        scores_MC, classes = few_shot(x_train_ND, y_train_N, x_test_MD, shots=shots, seed=seed)
+        names = tuple(classes.tolist())
+        found.append(
+            ProbeResult(
+                balanced_accuracy=balanced_accuracy(y_M, scores_MC, names),
+                auc=macro_auc(y_M, scores_MC, names),
+                scores_MC=scores_MC,
+                classes=names,
             )
-            part["auc_interval"] = [ends.low, ends.high]
-        return part
-
-    def linear(self) -> dict[str, Any]:
-        found = linear_probe(*self.data, train_groups_N=self._groups["train"])
-        return self._part([found]) | {"c": found.c}
-
-    def knn(self) -> dict[str, Any]:
-        return self._part([knn_probe(*self.data, k=_NEIGHBOURS)])
-
-    def few(self, shots: int, seeds: int) -> dict[str, Any]:
-        x_train_ND, y_train_N, x_test_MD, y_M = self.data
-        found = []
-        for seed in range(seeds):
-            scores_MC, classes = few_shot(x_train_ND, y_train_N, x_test_MD, shots=shots, seed=seed)
-            names = tuple(classes.tolist())
-            found.append(
-                ProbeResult(
-                    balanced_accuracy=balanced_accuracy(y_M, scores_MC, names),
-                    auc=macro_auc(y_M, scores_MC, names),
-                    scores_MC=scores_MC,
-                    classes=names,
-                )
-            )
-        return self._part(found)
+        )
+    return _part(labelled, found)
 
 
 def _scores(name: str, part: dict[str, Any], notes: list[str]) -> list[Score]:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +24,11 @@ from torch import nn
 
 from histill import __version__, files
 from histill.errors import ModelError
-from histill.models.card import HUB_LICENCES, model_card
+from histill.models.card import HUB_LICENCES, model_card, with_benchmarks
 from histill.models.encoder import Embedding, Encoder, load_encoder, wrap
 from histill.models.sources import read_config, read_record
 
-__all__ = ["Bundle", "Described", "read_bundle", "teacher_record", "write_bundle"]
+__all__ = ["Bundle", "Described", "read_bundle", "teacher_record", "write_benchmarks", "write_bundle"]
 
 
 class Described(Protocol):
@@ -223,3 +224,33 @@ def _timm_config(student: Described, encoder: Encoder, licence: str | None) -> d
     if licence is not None:
         config["pretrained_cfg"]["license"] = licence
     return config
+
+
+def write_benchmarks(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put benchmark scores into a bundle: ``metrics.benchmarks`` of ``histill.json``, and its card. Older ones go.
+
+    Parameters
+    ----------
+    folder
+        The bundle. Each of the two files is replaced as a whole; after a kill between them the same call mends it.
+    rows
+        ``benchmark``, ``data``, ``pooling``, ``score``, ``date``, ``histill`` (text), ``value``, ``low``, ``high``
+        (numbers or None) and ``note`` (text or None).
+
+    Raises
+    ------
+    ModelError
+        This is no bundle, or its card is damaged.
+    """
+    config, record = read_config(folder), read_record(folder)
+    if not record:
+        raise ModelError("this folder is no bundle of histill: it has no histill.json", where=folder)
+    readme = folder / "README.md"
+    try:
+        text = readme.read_text(encoding="utf-8") if readme.is_file() else model_card(folder.name, config, record)
+        text = with_benchmarks(text, folder.name, rows)
+    except ValueError as error:
+        raise ModelError("this card cannot be written into", where=readme, got=error) from None
+    metrics = dict(record.get("metrics") or {}) | {"benchmarks": list(rows)}
+    files.write_json(folder / "histill.json", record | {"metrics": metrics})
+    files.write_text(readme, text)

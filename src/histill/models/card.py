@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["licence_notice", "model_card"]
+__all__ = ["HUB_LICENCES", "licence_notice", "model_card", "with_benchmarks"]
 
 # licences that the hub knows by an identifier of its own; each of them allows derived works
 HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0"}
@@ -119,3 +120,78 @@ def _metrics(record: dict[str, Any]) -> str:
         return ""
     table = "\n".join(f"| {key} | {value:.4g} |" for key, value in numbers.items())
     return f"## Metrics\n\n| metric | value |\n|---|---|\n{table}\n"
+
+
+_BEGIN, _END = "<!-- histill benchmarks: begin -->", "<!-- histill benchmarks: end -->"
+
+
+def with_benchmarks(text: str, name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Put benchmark scores into a card: a table between two comments, and the hub's ``model-index`` in the YAML head.
+
+    Parameters
+    ----------
+    text
+        The card. An older table of ours is replaced, and so are our entries of the index; all else stays as it is.
+    name
+        Of the model, where the index does not say it yet.
+    rows
+        As :func:`histill.models.bundle.write_benchmarks` takes them.
+
+    Raises
+    ------
+    ValueError
+        The YAML head is damaged, or only one of the two comments is there.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    ours = [
+        EvalResult(
+            task_type="image-feature-extraction",
+            dataset_type=row["benchmark"].lower(),
+            dataset_name=row["benchmark"],
+            dataset_config=row["data"],
+            metric_type=row["score"],
+            metric_name=f"{row['score']}, pooling {row['pooling']}",
+            metric_value=round(row["value"], 4),
+            metric_args={key: _rounded(row[key]) for key in ("low", "high", "date", "histill")},
+        )
+        for row in rows
+        if row["value"] is not None
+    ]
+    whole = _with_section(text, _section(rows))
+    try:
+        card = ModelCard(whole)
+    except Exception as error:  # of the YAML parser, which is the hub library's own choice
+        raise ValueError(f"the YAML head of the card is damaged: {error}") from None
+    head: Any = card.data
+    others = [each for each in head.eval_results or [] if "histill" not in (each.metric_args or {})]
+    head.eval_results = [*others, *ours] or None
+    head.model_name = (head.model_name or name) if head.eval_results else None
+    return str(card)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _section(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| benchmark | data | pooling | score | value | 95 % interval | date |", "|---|---|---|---|---:|---|---|"]
+    for row in rows:
+        value = "not defined" if row["value"] is None else f"{row['value']:.4f}"
+        ends = "none" if row["low"] is None or row["high"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
+        cells = (row["benchmark"], row["data"], row["pooling"], row["score"], value, ends, row["date"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    notes = [f"- {row['benchmark']}, {row['score']}, {row['pooling']}: {row['note']}" for row in rows if row["note"]]
+    versions = ", ".join(sorted({row["histill"] for row in rows}))
+    parts = [_BEGIN, "## Benchmarks", "\n".join(lines), *(["\n".join(notes)] if notes else [])]
+    return "\n\n".join([*parts, f"Measured with histill {versions} on these weights.", _END])
+
+
+def _with_section(text: str, section: str) -> str:
+    if (text.count(_BEGIN), text.count(_END)) == (0, 0):
+        return f"{text.rstrip()}\n\n{section}\n"
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{_BEGIN} and {_END} do not stand once each, in this order")
+    return before + section + after

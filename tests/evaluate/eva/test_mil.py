@@ -96,6 +96,18 @@ def test_stacked_runs_equal_plain_runs(classes: int) -> None:
     assert len(set(runs.epochs)) > 1, "the test needs runs that stop at different times"
 
 
+def test_one_slide_of_each_class_and_a_class_that_is_not_stopped_on() -> None:
+    (bags, label), (stop_bags, stop_label) = slides(3, 3, 1), slides(12, 3, 2)
+    kept = np.flatnonzero(stop_label != 2)
+    stop = [stop_bags[row] for row in kept], stop_label[kept]
+    schedule = MilSchedule(epochs=4, batch=4, lr=5e-3, projection=16, attention=12, hidden=(10, 8), patience=1.0)
+    runs = train_mil(bags, label, *stop, classes=3, seeds=(4,), schedule=schedule)
+    state, best, best_epoch, _ = plain_run((bags, label), stop, classes=3, seed=4, schedule=schedule)
+    assert runs.stop_scores[0] == pytest.approx(best, abs=1e-12)
+    assert runs.best_epochs[0] == best_epoch
+    torch.testing.assert_close(runs.parameters["classify.weight"][0].T, state["classify.weight"], rtol=0, atol=1e-4)
+
+
 def test_a_run_is_the_same_alone_and_in_a_stack() -> None:
     train, stop = slides(20, 3, 1), slides(12, 3, 2)
     together = train_mil(*train, *stop, classes=3, seeds=(2, 3), schedule=SMALL)

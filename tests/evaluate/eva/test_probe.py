@@ -131,6 +131,27 @@ def test_the_last_step_is_checked_in_the_middle_of_an_epoch() -> None:
     assert probes.best_steps == (2,)
 
 
+@pytest.mark.parametrize("lack", ["in training", "in stopping", "one image each"])
+def test_splits_that_lack_a_class_equal_plain_runs(lack: str) -> None:
+    (x, y), (stop_x, stop_y) = tissue_like(200, 12, 4, 5), tissue_like(120, 12, 4, 6)
+    if lack == "in training":
+        x, y = x[y != 1], y[y != 1]
+    elif lack == "in stopping":
+        stop_x, stop_y = stop_x[stop_y != 3], stop_y[stop_y != 3]
+    else:
+        first = [int(np.argmax(y == k)) for k in range(4)]
+        x, y = x[first], y[first]
+    schedule = ProbeSchedule(steps=90, batch=32, patience=1.0)
+    probes = train_probes(x, y, stop_x, stop_y, classes=4, seeds=(0, 1), lrs=(3e-3,), schedule=schedule)
+    for head, seed in enumerate((0, 1)):
+        (weight, _), best, best_step, _ = plain_run(
+            (x, y), (stop_x, stop_y), classes=4, seed=seed, lr=3e-3, schedule=schedule
+        )
+        torch.testing.assert_close(probes.weight_HOD[head], weight, rtol=0, atol=1e-4)
+        assert probes.stop_scores[head] == pytest.approx(best, abs=1e-12)
+        assert probes.best_steps[head] == best_step
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), epoch=st.integers(0, 10**4), count=st.integers(1, 50))
 def test_an_order_is_a_permutation_of_its_own(seed: int, epoch: int, count: int) -> None:

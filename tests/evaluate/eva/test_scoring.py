@@ -69,6 +69,16 @@ def test_groups_without_classes() -> None:
         stopping_groups(np.zeros(5))
 
 
+def test_one_image_of_a_class_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="1 of the rarest class"):
+        stopping_split(np.array([0] * 20 + [1] * 20 + [2]), None)
+
+
+def test_a_class_that_is_not_scored_does_not_count() -> None:
+    label, predicted = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])  # class 2 is predicted, and never right
+    assert balanced_accuracy(predicted, label) == 0.75
+
+
 def test_a_class_in_one_group_cannot_be_split() -> None:
     with pytest.raises(DataError, match=r"no stopping split[\s\S]*3 groups"):
         stopping_split(np.array([0, 0, 1, 1, 0, 0]), np.array([0, 0, 1, 1, 2, 2]))

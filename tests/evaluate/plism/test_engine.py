@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
@@ -162,6 +162,28 @@ class TestExact:
         assert measured(both[:tiles], both[tiles:])[1:] == pytest.approx(want, abs=1e-9)
 
 
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_any_case_is_the_definition(data: st.DataObject) -> None:
+    """Copies within a slide, perfect twins, rows of zeros, lengths of 1,000, any dtype, odd chunks."""
+    tiles, dim = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 9))
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    both = rng.normal(size=(2, tiles, dim))
+    place = st.integers(0, tiles - 1)
+    for copy, original in data.draw(st.lists(st.tuples(place, place), max_size=8)):
+        both[:, copy] = both[:, original]
+    for row in data.draw(st.lists(place, max_size=4)):
+        both[1, row] = both[0, row]  # a perfect twin
+    for side, row in data.draw(st.lists(st.tuples(st.integers(0, 1), place), max_size=3)):
+        both[side, row] = 0
+    both *= data.draw(st.sampled_from([1e-3, 1.0, 1000.0]))
+    a_ND, b_ND = both.astype(data.draw(st.sampled_from([np.float16, np.float32, np.float64])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(engine.CHUNK_ENTRIES, "cpu", data.draw(st.sampled_from([1, 97, 331, 2**21])))
+        agree(a_ND, b_ND)
+        assert measured(b_ND, a_ND) == pytest.approx(measured(a_ND, b_ND), abs=1e-12)
+
+
 def signed_square(x: list[int], y: list[int]) -> Fraction:
     """Grows with the cosine."""
     dot, lengths = sum(p * q for p, q in zip(x, y, strict=True)), sum(p * p for p in x) * sum(q * q for q in y)
@@ -191,6 +213,13 @@ class TestSelfTop:
         np.save(tmp_path / "x.npy", noisy(8, 20, 6, 0.0)[0])
         mapped_ND = np.load(tmp_path / "x.npy", mmap_mode="r")
         np.testing.assert_array_equal(self_top(mapped_ND), self_top(np.array(mapped_ND)))
+
+
+@pytest.mark.parametrize("lay", [np.asfortranarray, lambda x: x.astype(">f4"), lambda x: x[::-1][::-1]])
+def test_arrays_in_any_layout(lay: Callable[[np.ndarray], np.ndarray]) -> None:
+    a_ND, b_ND = noisy(18, 50, 6, 0.8)
+    assert measured(lay(a_ND), b_ND) == measured(a_ND, b_ND)
+    assert measured(a_ND[::-1], b_ND[::-1]) == pytest.approx(measured(a_ND, b_ND), abs=1e-12)
 
 
 class TestErrorBound:
@@ -227,6 +256,24 @@ class TestFp16:
         a, b = (prepare(x * np.float32(1e6), name="x") for x in noisy(13, 20, 16, 0.3))
         assert np.isnan(compare_fp16(a, b).cosine_similarity)
 
+    @pytest.mark.parametrize("scale", [1.0, 20.0, 1000.0])
+    @pytest.mark.parametrize("noise", [0.0, 1e-3, 0.5])
+    def test_it_is_the_original_written_down(self, scale: float, noise: float) -> None:
+        """Half precision throughout; order all tiles of both slides by similarity and drop the first."""
+        a_ND, b_ND = (x * np.float32(scale) for x in noisy(17, 70, 24, noise))
+        half_MD = np.concatenate([a_ND, b_ND]).astype(np.float16)
+        with np.errstate(over="ignore"):  # squared lengths above 65,504 are infinite
+            square_M = (half_MD * half_MD).astype(np.float32).sum(axis=1).astype(np.float16)
+        unit_MD = half_MD / np.sqrt(square_M)[:, None]
+        cosine_MM = (unit_MD.astype(np.float32) @ unit_MD.astype(np.float32).T).astype(np.float16)
+        order_MM = np.argsort(-cosine_MM.astype(np.float32), axis=1, kind="stable")[:, 1:]
+        twin_M1 = np.roll(np.arange(140), -70)[:, None]
+        want = [float((order_MM[:, :k] == twin_M1).any(axis=1).mean()) for k in TOP]
+        got = astuple(compare_fp16(prepare(a_ND, name="a"), prepare(b_ND, name="b")))
+        products = unit_MD[:70] * unit_MD[70:]
+        assert got[0] == pytest.approx(products.astype(np.float32).sum(axis=1).mean(), abs=5e-4)
+        assert got[1:5] == pytest.approx(want, abs=2.1 / 140)  # a product may round to the next half
+
     def test_near_perfect_twins_are_dropped(self) -> None:
         a_ND, b_ND = noisy(14, 200, 64, 1e-3)
         a, b = prepare(a_ND, name="a"), prepare(b_ND, name="b")
@@ -246,6 +293,13 @@ class TestRefused:
         a_ND = noisy(16, 30, 4, 1.0)[0]
         a_ND[17, 2] = value
         with pytest.raises(DataError, match=r"(?s)not finite.*slide GIV_AT2, first in row 17"):
+            prepare(a_ND, name="GIV_AT2")
+
+    @pytest.mark.parametrize("scale", [1e200, 1e-200])
+    def test_lengths_that_float64_cannot_square(self, scale: float) -> None:
+        a_ND = noisy(16, 30, 4, 1.0)[0].astype(np.float64)
+        a_ND[11] *= scale
+        with pytest.raises(DataError, match=r"(?s)float64 cannot hold.*slide GIV_AT2, first in row 11"):
             prepare(a_ND, name="GIV_AT2")
 
     def test_shapes(self) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from histill.errors import DataError
 from histill.evaluate.plism import groups, layout
 from histill.evaluate.plism.engine import PairMetrics
+from histill.evaluate.plism.groups import SCORE_PARTS as PARTS
 from histill.evaluate.plism.groups import Pair
 from histill.evaluate.plism.layout import SlideName
+from histill.evaluate.statistics import paired_test, retention_percent
 
 
 def pairs_of(stainings: tuple[str, ...], scanners: tuple[str, ...], seed: int = 0, tied: float = 0.0) -> list[Pair]:
@@ -133,16 +136,49 @@ def test_matrix() -> None:
 def test_resamples_draw_slides() -> None:
     pairs = pairs_of(("GM", "GV", "HR"), ("P", "SQ"))
     names = sorted({slide.name for pair in pairs for slide in (pair.a, pair.b)})
-    draws = np.random.default_rng(groups.SEED).multinomial(6, np.full(6, 1 / 6), size=groups.RESAMPLES)
-    found = groups._resampled_medians(pairs)
-    for drawn, counts in zip(found[:100], draws[:100], strict=True):
-        times = dict(zip(names, counts.tolist(), strict=True))
-        cosine = [p.metrics.cosine_similarity for p in pairs for _ in range(times[p.a.name] * times[p.b.name])]
-        scanner = [
-            p.metrics.top_10_accuracy
-            for p in pairs
-            for _ in range(times[p.a.name] * times[p.b.name])
-            if p.a.staining == p.b.staining
-        ]
-        assert drawn[0] == pytest.approx(np.median(cosine) if cosine else np.nan, nan_ok=True)
-        assert drawn[1] == pytest.approx(np.median(scanner) if scanner else np.nan, nan_ok=True)
+    drawn = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), size=100)
+    parts = ("cosine_similarity/all", "top_10_accuracy/cross_scanner", "top_10_accuracy/cross_staining")
+    for name in (*parts, "top_10_accuracy/both"):
+        metric, _, group = name.partition("/")
+        measure = groups.slide_medians(pairs, name)
+        assert measure is not None
+        assert measure.names == tuple(names)
+        for got, counts in zip(measure.values(drawn), drawn, strict=True):
+            times = dict(zip(names, counts.tolist(), strict=True))
+            weights = [(p, times[p.a.name] * times[p.b.name]) for p in pairs if p.within(group)]
+            values = [getattr(p.metrics, metric) for p, count in weights for _ in range(count)]
+            assert got == pytest.approx(np.median(values) if values else np.nan, nan_ok=True)
+    whole, each = (
+        groups.slide_medians(pairs, "score"),
+        [groups.slide_medians(pairs, "/".join(part)) for part in PARTS],
+    )
+    np.testing.assert_allclose(whole.values(drawn), np.mean([part.values(drawn) for part in each], axis=0))
+
+
+def test_pairs_come_back_from_a_result() -> None:
+    pairs = pairs_of(("GM", "GV", "HR"), ("P", "SQ"))
+    numbers = dict.fromkeys(groups.METRICS, 0.5) | {"cosine_similarity": math.nan}
+    pairs[2] = Pair(a=pairs[2].a, b=pairs[2].b, metrics=PairMetrics(**numbers))
+    again = groups.read_pairs(groups.pair_rows(pairs))
+    assert groups.pair_rows(again) == groups.pair_rows(pairs)
+    assert groups.slide_medians(again, "score") is None
+    assert groups.slide_medians(again, "top_10_accuracy/both").value == by_name(pairs)["top_10_accuracy/both"].value
+
+
+def test_encoders_are_compared_and_retained_by_slide() -> None:
+    """B is A with a tenth off everywhere: the difference is sure although each score alone is not."""
+    better = pairs_of(("GM", "GV", "HR", "KR"), ("P", "SQ", "S60"))
+    worse = [
+        Pair(a=p.a, b=p.b, metrics=PairMetrics(**{m: getattr(p.metrics, m) - 0.1 for m in groups.METRICS}))
+        for p in better
+    ]
+    a, b = (groups.slide_medians(pairs, "score") for pairs in (better, worse))
+    found = paired_test(a, b)
+    assert found.difference == pytest.approx(0.1)
+    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert found.p < 0.01
+    kept = retention_percent(b, a)
+    assert kept.value == pytest.approx(100 * b.value / a.value)
+    assert kept.low < kept.value < kept.high < 100
+    with pytest.raises(DataError, match="same slides"):
+        paired_test(a, groups.slide_medians(pairs_of(("GM", "GV", "HR"), ("P", "SQ")), "score"))

@@ -29,7 +29,14 @@ def protocol_alpha(components: int, genes: int) -> float:
     return 100 / (components * genes)
 
 
-def _check(x_train_ND: Array, x_test_MD: Array, counts_train_NG: Array, counts_test_MG: Array) -> None:
+_Fold = tuple[Array, Array, Array, Array]
+
+
+def _checked(x_train_ND: Array, x_test_MD: Array, counts_train_NG: Array, counts_test_MG: Array) -> _Fold:
+    """Refuse what is no fold; half precision, which would not bear the sums, becomes float32."""
+    x_train_ND, x_test_MD, counts_train_NG, counts_test_MG = (
+        np.asarray(x) for x in (x_train_ND, x_test_MD, counts_train_NG, counts_test_MG)
+    )
     shapes = [x.shape for x in (x_train_ND, x_test_MD, counts_train_NG, counts_test_MG)]
     (n, d), (m, e), (cn, g), (cm, h) = (s if len(s) == 2 else (-1, -1) for s in shapes)
     if (cn, cm, e, h) != (n, m, d, g) or min(n, m, d, g) < 1:
@@ -38,6 +45,8 @@ def _check(x_train_ND: Array, x_test_MD: Array, counts_train_NG: Array, counts_t
             got=f"shapes {', '.join(map(str, shapes))}",
             allowed="(N, D), (M, D), (N, G), (M, G)",
         )
+    if n < 2:
+        raise DataError("a fold needs two training spots", got=n)
     for name, values in (("training features", x_train_ND), ("test features", x_test_MD)):
         if not np.isfinite(values).all():
             raise DataError(f"{name} are not finite", got=f"{(~np.isfinite(values)).any(axis=1).sum()} rows")
@@ -46,14 +55,18 @@ def _check(x_train_ND: Array, x_test_MD: Array, counts_train_NG: Array, counts_t
             raise DataError(
                 f"{name} are not counts", got="negative or not finite", allowed="0 and above, not yet logged"
             )
+    x_train_ND, x_test_MD = (x.astype(np.float32) if x.dtype == np.float16 else x for x in (x_train_ND, x_test_MD))
+    return x_train_ND, x_test_MD, counts_train_NG, counts_test_MG
 
 
 def _project(x_train_ND: Array, x_test_MD: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Standardise and reduce, both fitted on the training spots, in the precision of ``x``; cast to float32.
 
     An encoder that is narrower than 256, or a fold with fewer spots, keeps as many components as there are (the
-    original stops with an error there).
+    original stops with an error there). Features that are the same for all training spots leave one component of zeros.
     """
+    if not np.ptp(x_train_ND, axis=0).any():
+        return np.zeros((len(x_train_ND), 1), np.float32), np.zeros((len(x_test_MD), 1), np.float32)
     components = min(COMPONENTS, *x_train_ND.shape)
     scaler = StandardScaler()
     pca = PCA(n_components=components, random_state=_SEED)
@@ -91,7 +104,7 @@ def ridge_pearson(
     Parameters
     ----------
     x_train_ND, x_test_MD
-        Embeddings, float32 or float64.
+        Embeddings, float32 or float64 (float16 is taken as float32).
     counts_train_NG, counts_test_MG
         Raw counts, any number type.
 
@@ -103,13 +116,15 @@ def ridge_pearson(
     Raises
     ------
     DataError
-        Shapes do not match, a feature is not finite, a count is negative.
+        Shapes do not match, there is one training spot, a feature is not finite, a count is negative.
 
     References
     ----------
     Jaume et al., HEST-1k, NeurIPS 2024, section 4.2.
     """
-    _check(x_train_ND, x_test_MD, counts_train_NG, counts_test_MG)
+    x_train_ND, x_test_MD, counts_train_NG, counts_test_MG = _checked(
+        x_train_ND, x_test_MD, counts_train_NG, counts_test_MG
+    )
     train_NP, test_MP = _project(x_train_ND, x_test_MD)
     model = Ridge(
         alpha=protocol_alpha(train_NP.shape[1], counts_train_NG.shape[1]),
@@ -155,7 +170,9 @@ def exact_ridge_pearson(
     DataError
         As :func:`ridge_pearson`.
     """
-    _check(x_train_ND, x_test_MD, counts_train_NG, counts_test_MG)
+    x_train_ND, x_test_MD, counts_train_NG, counts_test_MG = _checked(
+        x_train_ND, x_test_MD, counts_train_NG, counts_test_MG
+    )
     train_NP, test_MP = (x.astype(np.float64) for x in _project(x_train_ND, x_test_MD))
     if alphas is None:
         alphas = (protocol_alpha(train_NP.shape[1], counts_train_NG.shape[1]),)

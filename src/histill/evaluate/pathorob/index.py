@@ -48,16 +48,28 @@ def columns_of(metadata: Metadata, names: Sequence[str] = COLUMNS) -> dict[str, 
     Raises
     ------
     DataError
-        A column is missing.
+        A column is missing, or a row has no value in one: it would count as a class or a centre of its own.
     """
     if isinstance(metadata, str | Path):
         metadata = read_table(Path(metadata), names)
     try:
         if isinstance(metadata, Sequence):
-            return {name: np.array([row[name] for row in metadata]).astype(str) for name in names}
-        return {name: np.asarray(metadata[name]).astype(str) for name in names}
+            found = {name: np.array([row[name] for row in metadata], dtype=object) for name in names}
+        else:
+            found = {name: np.asarray(metadata[name]) for name in names}
     except (KeyError, ValueError) as error:
         raise DataError("the metadata lack a column", got=error, allowed=", ".join(names)) from None
+    return {name: _text(values, name) for name, values in found.items()}
+
+
+def _text(values: Array, name: str) -> Array:
+    text = values.astype(str)
+    lost = np.isin(text, ("", "<NA>", "NaT")) | (np.isin(text, ("nan", "None")) & (values.dtype.kind not in "US"))
+    if lost.any():
+        raise DataError(
+            "the metadata have rows without a value", where=f"column {name}, row {int(lost.argmax())}", got=lost.sum()
+        )
+    return text
 
 
 def _neighbours(
@@ -65,6 +77,7 @@ def _neighbours(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Count the SO and OS among the k nearest of each tile, in chunks of rows: two arrays (N,)."""
     count = len(unit_ND)
+    tie = 4.0 * (unit_ND.shape[1] + 8) * 2.0**-53  # two evaluations of one cosine differ by less
     so_N, os_N = np.zeros(count), np.zeros(count)
     step = max(1, _CHUNK // count)
     for start in range(0, count, step):
@@ -75,7 +88,8 @@ def _neighbours(
         kth_R1 = np.partition(near_RN, count - k, axis=1)[:, count - k, None]
         same_biology_RN = biology_N[rows, None] == biology_N
         same_centre_RN = centre_N[rows, None] == centre_N
-        above_RN, equal_RN = near_RN > kth_R1, near_RN == kth_R1
+        above_RN, below_RN = near_RN > kth_R1 + tie, near_RN < kth_R1 - tie
+        equal_RN = ~(above_RN | below_RN)
         # tiles as near as the k-th share the places that are left: the mean over all orders of them
         share_R = (k - above_RN.sum(axis=1)) / equal_RN.sum(axis=1)
         for kind_RN, found_N in ((same_biology_RN & ~same_centre_RN, so_N), (~same_biology_RN & same_centre_RN, os_N)):
@@ -99,8 +113,8 @@ def typed_neighbours(features_ND: Array, metadata: Metadata, k: int) -> tuple[ND
     )
     if len(subset_N) != len(unit_ND):
         raise DataError("one row of metadata per feature row is needed", got=f"{len(subset_N)} and {len(unit_ND)}")
-    if k < 1:
-        raise ConfigError("the number of neighbours is 1 or more", got=k)
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise ConfigError("the number of neighbours is a whole number, 1 or more", got=k)
     so_N, os_N = np.full(len(unit_ND), np.nan), np.full(len(unit_ND), np.nan)
     for subset in sorted(set(subset_N.tolist()) - {OUT_OF_DOMAIN}):
         rows = np.flatnonzero(subset_N == subset)
@@ -138,8 +152,8 @@ def robustness_index(features_ND: Array, metadata: Metadata, k: int) -> float:
     Rows are scaled to length 1; neighbours are the k nearest by Euclidean distance that are not on the query's own
     slide, exactly and in float64, in chunks of rows. Neighbours are sought within a value of ``subset`` (the paired
     2 x 2 subsets of TCGA; Camelyon and Tolkach have one, ``ID``), tiles of ``OOD`` are left out as in the original, and
-    the counts of all queries of all subsets are added up before the division. Tiles that are exactly as near as the
-    k-th neighbour share its place.
+    the counts of all queries of all subsets are added up before the division. Tiles that are as near as the k-th
+    neighbour, as far as float64 can tell, share its place.
 
     Parameters
     ----------
@@ -154,9 +168,9 @@ def robustness_index(features_ND: Array, metadata: Metadata, k: int) -> float:
     Raises
     ------
     ConfigError
-        ``k`` is below 1.
+        ``k`` is no whole number, or below 1.
     DataError
-        Lengths differ, a column is missing, a feature is not finite, a tile has fewer than k neighbours on other
-        slides, or no neighbour is SO or OS.
+        Lengths differ, a column or a value is missing, a feature is not finite, a tile has fewer than k neighbours on
+        other slides, or no neighbour is SO or OS.
     """
     return index_of(*typed_neighbours(features_ND, metadata, k))

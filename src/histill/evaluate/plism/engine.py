@@ -51,6 +51,8 @@ PAD = 16
 """Rows of a slide come in multiples of this: products with odd widths take 1.5 times as long."""
 CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**25}
 """Entries of a product at once: on a CPU 8 MiB, so that the counting passes find it in the cache."""
+LENGTHS = (1e-140, 1e140)
+"""Of features: their squares and products stay within float64. All float32 features are within."""
 ABSENT = -4.0
 """Stands for a similarity that does not count: below every cosine."""
 SPARE = 6
@@ -134,13 +136,23 @@ def prepare(
     Raises
     ------
     DataError
-        The table is empty or not two-dimensional, or holds a value that is not finite.
+        The table is empty or not two-dimensional, or holds a value that is not finite or out of all proportion.
     """
-    if isinstance(features_ND, np.ndarray) and not features_ND.flags.writeable:
-        features_ND = features_ND.copy()  # torch warns of arrays that are read only, as mapped files are
+    if isinstance(features_ND, np.ndarray):  # torch takes no foreign byte order, and warns of mapped files
+        native = features_ND.dtype.newbyteorder("=")
+        features_ND = np.require(features_ND, dtype=native, requirements=["C_CONTIGUOUS", "WRITEABLE"])
     raw_ND = torch.as_tensor(features_ND).to(device)
     check_features(raw_ND, name)
     norm_N = torch.cat([part_RD.double().norm(dim=1) for part_RD in raw_ND.split(1024)])
+    extreme_N = ((norm_N > LENGTHS[1]) | (norm_N < LENGTHS[0])) & (raw_ND != 0).any(dim=1)
+    if extreme_N.any():
+        row = int(extreme_N.int().argmax())
+        raise DataError(
+            f"{int(extreme_N.sum())} of {len(raw_ND)} tiles have features whose cosines float64 cannot hold",
+            where=f"slide {name}, first in row {row}",
+            got=f"length {float(norm_N[row]):g}",
+            allowed=f"{LENGTHS[0]:g} to {LENGTHS[1]:g}, or all 0",
+        )
     norm_N[norm_N == 0] = 1.0
     unit_PD = torch.zeros((-(-len(raw_ND) // PAD) * PAD, raw_ND.shape[1]), device=device)
     for start in range(0, len(raw_ND), 1024):

@@ -6,18 +6,33 @@ Shapes: S slides, P pairs, B resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from histill.evaluate.features import Array
 from histill.evaluate.plism.engine import PairMetrics
 from histill.evaluate.plism.layout import SlideName
 from histill.evaluate.results import Score
+from histill.evaluate.statistics import estimate
 
-__all__ = ["GROUPS", "METRICS", "Pair", "Summary", "details", "pair_rows", "scores", "summarise"]
+__all__ = [
+    "GROUPS",
+    "METRICS",
+    "Pair",
+    "SlideMedians",
+    "Summary",
+    "details",
+    "pair_rows",
+    "read_pairs",
+    "scores",
+    "slide_medians",
+    "summarise",
+]
 
 METRICS = ("cosine_similarity", "top_1_accuracy", "top_3_accuracy", "top_5_accuracy", "top_10_accuracy")
 GROUPS = ("cross_scanner", "cross_staining", "both", "all")
@@ -30,8 +45,6 @@ SCORE_PARTS = (
 )
 """The score is the mean of these medians."""
 MATRICES = ("cosine_similarity", "top_10_accuracy")
-RESAMPLES = 1000
-SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,24 +116,66 @@ def summarise(pairs: Sequence[Pair]) -> tuple[Summary, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SlideMedians:
+    """A mean of medians over groups of pairs, as a :class:`histill.evaluate.statistics.Measure` of slides.
+
+    A pair of slides that are drawn u and v times counts u v times; pairs of a slide with itself do not exist.
+    """
+
+    names: tuple[str, ...]
+    """Slides."""
+    groups: tuple[tuple[NDArray[np.float64], NDArray[np.intp], NDArray[np.intp]], ...]
+    """Per median: the values of its pairs (P), and the places of both slides in ``names``."""
+    strata: None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Pairs of each group."""
+        return tuple(len(values_P) for values_P, _, _ in self.groups)
+
+    @property
+    def value(self) -> float:
+        """Mean of the medians."""
+        return float(np.mean([np.median(values_P) for values_P, _, _ in self.groups]))
+
+    def values(self, drawn_BS: Array) -> NDArray[np.float64]:
+        """(B,); NaN where a group is empty."""
+        counts_BS = drawn_BS.astype(np.int32)
+        medians = [
+            _weighted_medians(values_P, counts_BS[:, a_P] * counts_BS[:, b_P]) for values_P, a_P, b_P in self.groups
+        ]
+        mean_B: NDArray[np.float64] = np.mean(medians, axis=0)
+        return mean_B
+
+
+def slide_medians(pairs: Sequence[Pair], name: str) -> SlideMedians | None:
+    """Give a score (``score``, or ``METRIC/GROUP``) as a measure of slides; None where it is not defined."""
+    metric, _, group = name.partition("/")
+    parts = SCORE_PARTS if name == "score" else ((metric, group),)
+    names = tuple(sorted({slide.name for pair in pairs for slide in (pair.a, pair.b)}))
+    place = {slide: number for number, slide in enumerate(names)}
+    found = []
+    for metric, group in parts:
+        members = [pair for pair in pairs if pair.within(group)]
+        if _why_not(members, metric, group) is not None:
+            return None
+        a_P, b_P = (np.array([place[getattr(pair, side).name] for pair in members], np.intp) for side in "ab")
+        found.append((_values(members, metric), a_P, b_P))
+    return SlideMedians(names=names, groups=tuple(found))
+
+
 def scores(pairs: Sequence[Pair]) -> tuple[Score, ...]:
     """The score and the four medians that it is the mean of, with 95 % intervals.
 
-    Intervals are percentiles of a bootstrap clustered by slide: as many slides are drawn with replacement as there
-    are, a pair of slides drawn u and v times counts u v times, pairs of a slide with itself do not exist. Resamples
-    in which a group is empty are left out; with fewer than half left there is no interval.
+    Intervals are percentiles of a bootstrap clustered by slide (:class:`SlideMedians`). Resamples in which a group is
+    empty are left out; with fewer than half left there is no interval.
     """
     by_name = {(summary.metric, summary.group): summary for summary in summarise(pairs)}
     parts = [by_name[part] for part in SCORE_PARTS]
-    drawn = _resampled_medians(pairs)
-    medians = [summary.median for summary in parts]
     notes = [summary.note for summary in parts if summary.note]
-    whole = None if any(median is None for median in medians) else float(np.mean([m for m in medians if m is not None]))
-    note = "; ".join([*notes, *_tie_note(pairs)]) or None
-    found = [_score("score", whole, drawn.mean(axis=1), note)]
-    for place, summary in enumerate(parts):
-        found.append(_score(f"{summary.metric}/{summary.group}", summary.median, drawn[:, place], summary.note))
-    return tuple(found)
+    found = [_score(pairs, "score", "; ".join([*notes, *_tie_note(pairs)]))]
+    return (*found, *(_score(pairs, f"{summary.metric}/{summary.group}", summary.note or "") for summary in parts))
 
 
 def _tie_note(pairs: Sequence[Pair]) -> list[str]:
@@ -131,33 +186,14 @@ def _tie_note(pairs: Sequence[Pair]) -> list[str]:
     return [f"{share:.0%} of the tiles are as near to another tile as to their twin: collapsed features or copies"]
 
 
-def _score(name: str, value: float | None, drawn_B: NDArray[np.float64], note: str | None) -> Score:
-    valid_B = drawn_B[~np.isnan(drawn_B)]
-    if value is None or 2 * len(valid_B) < len(drawn_B):
-        return Score(name=name, value=value, note=note or "too few slides for an interval")
-    low, high = np.percentile(valid_B, (2.5, 97.5)).tolist()
-    return Score(name=name, value=value, low=low, high=high, note=note)
-
-
-def _resampled_medians(pairs: Sequence[Pair]) -> NDArray[np.float64]:
-    """(B, 4): the medians of ``SCORE_PARTS`` in every resample; NaN where a group is empty."""
-    names = sorted({slide.name for pair in pairs for slide in (pair.a, pair.b)})
-    place = {name: number for number, name in enumerate(names)}
-    draws = (
-        np.random.default_rng(SEED)
-        .multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-        .astype(np.int32)
-    )
-    found = np.full((RESAMPLES, len(SCORE_PARTS)), np.nan)
-    for number, (metric, group) in enumerate(SCORE_PARTS):
-        members = [pair for pair in pairs if pair.within(group)]
-        values_P = _values(members, metric)
-        if len(members) and not np.isnan(values_P).any():
-            a_P, b_P = (
-                [place[slide.name] for slide in side] for side in zip(*((p.a, p.b) for p in members), strict=True)
-            )
-            found[:, number] = _weighted_medians(values_P, draws[:, a_P] * draws[:, b_P])
-    return found
+def _score(pairs: Sequence[Pair], name: str, note: str) -> Score:
+    measure = slide_medians(pairs, name)
+    if measure is None:
+        return Score(name=name, value=None, note=note)
+    found = estimate(measure)
+    lone = ["too few slides for an interval"] if found.low is None else []
+    notes = "; ".join([*([note] if note else []), *lone])
+    return Score(name=name, value=found.value, low=found.low, high=found.high, note=notes or None)
 
 
 def _weighted_medians(values_P: NDArray[np.float64], weights_BP: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -178,6 +214,16 @@ def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, str | float | None]]:
         {"slide_a": p.a.name, "slide_b": p.b.name} | {m: _or_none(getattr(p.metrics, m)) for m in METRICS}
         for p in pairs
     ]
+
+
+def read_pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """Read what :func:`pair_rows` gave, without the share of ties."""
+    found = []
+    for row in rows:
+        numbers = {metric: math.nan if row[metric] is None else float(row[metric]) for metric in METRICS}
+        a, b = (SlideName.of(row[side], Path("results.json")) for side in ("slide_a", "slide_b"))
+        found.append(Pair(a=a, b=b, metrics=PairMetrics(**numbers)))
+    return found
 
 
 def details(pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from histill.evaluate.plism.layout import SlideName
 from histill.evaluate.plism.source import Source, from_features, from_tiles, look_through
 from histill.evaluate.plism.work import Compat, Work
 from histill.evaluate.results import Result, write_result
+from histill.evaluate.statistics import RESAMPLES, SEED
 
 __all__ = ["DEFAULT_TILES", "Compat", "run_plism"]
 
@@ -129,7 +130,7 @@ def _data(source: Source, compat: Compat, dim: int) -> dict[str, Any]:
         "tile_subset_seed": layout.SUBSET_SEED,
         "features": dim,
         "compat": compat,
-        "bootstrap": {"by": "slide", "resamples": groups.RESAMPLES, "seed": groups.SEED},
+        "bootstrap": {"by": "slide", "resamples": RESAMPLES, "seed": SEED},
     }
 
 

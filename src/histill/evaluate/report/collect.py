@@ -23,7 +23,6 @@ __all__ = [
     "differing_facts",
     "find_roles",
     "find_score",
-    "first_known",
     "place_of",
 ]
 
@@ -31,7 +30,7 @@ BENCHMARKS = ("plism", "hest", "eva", "pathorob", "tiles", "paired")
 """In the order of the page."""
 
 # facts of Result.data that may differ between encoders that are still comparable
-_OWN_FACTS = {"root", "features", "device", "scikit-learn", "parameters", "macs", "memory", "tiles_per_second", "cost"}
+_OWN_FACTS = {"root", "features", "device", "scikit-learn", "cost"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -41,8 +40,14 @@ class Encoder:
     name: str
     pooling: str
 
+    @property
+    def shown(self) -> str:
+        """The name on the page, which is passed on: of a path from the root, the last two parts."""
+        path = Path(self.name)
+        return "/".join(path.parts[-2:]) if path.is_absolute() else self.name
+
     def __str__(self) -> str:
-        return f"{self.name}, {self.pooling}"
+        return f"{self.shown}, {self.pooling}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -76,12 +81,12 @@ class Collection:
     """What ``histill evaluate all`` could not run."""
 
     def of(self, benchmark: str) -> dict[Encoder, list[Result]]:
-        """Results of one benchmark by encoder; EVA has one for each task."""
-        found: dict[Encoder, list[Result]] = {}
+        """Results of one benchmark by encoder, in the page's order; EVA has one for each task."""
+        found: dict[Encoder, list[Result]] = {encoder: [] for encoder in self.encoders}
         for (encoder, column), result in self.results.items():
             if column.benchmark == benchmark:
-                found.setdefault(encoder, []).append(result)
-        return found
+                found[encoder].append(result)
+        return {encoder: results for encoder, results in found.items() if results}
 
     def absence(self, encoder: Encoder, column: Column) -> Absent | None:
         """Why there is no result; None when nobody said. What was said of this encoder and pooling goes first."""
@@ -254,13 +259,3 @@ def _matching(collection: Collection, flag: str, name: str) -> dict[str, Encoder
             "this encoder has no results", where=flag, got=name, allowed=", ".join(known), remedy=nearest(name, known)
         )
     return found
-
-
-def first_known(data: dict[str, Any], names: Sequence[str]) -> Any:
-    """Give the first of these facts that is there, at the top or under ``cost``."""
-    cost = data.get("cost")
-    for place in (data, cost if isinstance(cost, dict) else {}):
-        for name in names:
-            if place.get(name) is not None:
-                return place[name]
-    return None

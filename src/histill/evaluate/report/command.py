@@ -9,7 +9,8 @@ __all__ = ["run"]
 
 _DESCRIPTION = """Put every results.json below the given folders on one page that opens offline: encoders by benchmarks
 with 95 % intervals beside the published rows, the PLISM matrix, tasks, retention and cost. What was not run is shown as
-missing. Beside the page comes the headline table in Markdown, for a model card."""
+missing. Beside the page comes the headline table in Markdown, for a model card; --card BUNDLE writes a bundle's own
+scores into its card."""
 
 
 def run(argv: list[str]) -> int:
@@ -20,4 +21,6 @@ def run(argv: list[str]) -> int:
     page = write_report(config)
     print(f"report: {page}")
     print(f"table for a model card: {page.with_suffix('.md')}")
+    if config.card is not None:
+        print(f"card: {config.card / 'README.md'}")
     return 0

@@ -26,6 +26,8 @@ class ReportConfig:
     """The encoder that the student learned from; needs --student."""
     untrained: str | None = None
     """The student's architecture at its random start: retention then counts from there."""
+    card: Path | None = None
+    """A model bundle: the scores of its own weights also go into its README.md and histill.json."""
 
     def __post_init__(self) -> None:
         """Check what goes together."""

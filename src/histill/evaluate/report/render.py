@@ -12,8 +12,10 @@ import jinja2
 
 from histill import __version__, files
 from histill.evaluate.report import charts
+from histill.evaluate.report.card import write_card
 from histill.evaluate.report.collect import Collection, Role, collect, find_roles
 from histill.evaluate.report.config import ReportConfig
+from histill.evaluate.report.differences import difference_tables
 from histill.evaluate.report.sections import cost_table, plism_parts, provenance_table, retention_table, task_groups
 from histill.evaluate.report.tables import Notes, Page, columns_of, eva_columns, headline, sources
 
@@ -25,10 +27,13 @@ def write_report(config: ReportConfig) -> Path:
 
     Raises
     ------
-    ConfigError, DataError
-        As :func:`~histill.evaluate.report.collect.collect` and :func:`~histill.evaluate.report.collect.find_roles`.
+    ConfigError, DataError, ModelError
+        As :func:`~histill.evaluate.report.collect.collect`, :func:`~histill.evaluate.report.collect.find_roles` and
+        :func:`~histill.evaluate.report.card.write_card`.
     """
     found = collect(config.folders)
+    if config.card is not None:  # a wrong bundle is refused before anything is written
+        write_card(found, config.card)
     roles: tuple[Role, ...] = ()
     if config.student is not None and config.teacher is not None:
         roles = find_roles(found, config.student, config.teacher, config.untrained)
@@ -59,7 +64,8 @@ def render(found: Collection, roles: Sequence[Role] = (), *, title: str) -> str:
         scale=charts.colour_bar(),
         tasks=task_groups(page),
         retention=[retention_table(page, role) for role in page.roles],
-        cost=cost_table(found),
+        differences=difference_tables(page),
+        cost=cost_table(page),
         provenance=provenance_table(found),
         sources=sources(),
         notes=page.notes.texts,

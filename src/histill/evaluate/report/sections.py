@@ -12,19 +12,21 @@ from markupsafe import Markup
 from histill.errors import DataError
 from histill.evaluate import retention as retentions
 from histill.evaluate.report import charts
-from histill.evaluate.report.collect import Collection, Column, Encoder, Role, find_score, first_known, place_of
+from histill.evaluate.report.collect import Collection, Column, Encoder, Role, find_score, place_of
+from histill.evaluate.report.differences import measure_of
 from histill.evaluate.report.tables import NAMES, Page, empty_cell, not_run, number_text, published_rows, words
 from histill.evaluate.results import Result, Score
-from histill.evaluate.statistics import Clusters, retention_percent
+from histill.evaluate.statistics import retention_percent
 
 __all__ = ["cost_table", "plism_parts", "provenance_table", "retention_table", "task_groups"]
 
 _COST = {
-    "parameters": ("parameters",),
-    "MACs a tile": ("macs", "macs_per_tile"),
-    "tiles a second": ("tiles_per_second",),
-    "memory, bytes": ("memory", "memory_bytes"),
+    "parameters, millions": ("parameters", 1e6),
+    "MACs a tile, billions": ("macs_per_tile", 1e9),
+    "tiles a second": ("tiles_per_second", 1.0),
+    "memory, GB": ("memory_bytes", 1e9),
 }
+"""Heading -> a field of :class:`histill.evaluate.cost.Cost`, and its unit."""
 _COLOURS = 8  # c0 to c7 in the style sheet
 
 
@@ -104,6 +106,8 @@ def _metric(benchmark: str, name: str) -> str:
 
 def _task(benchmark: str, name: str) -> str:
     task = name.partition("/")[2]
+    if task.isdecimal():
+        return f"{task} a class"
     return words(name) if benchmark == "plism" or not task else task.replace("_", " ")
 
 
@@ -202,15 +206,20 @@ def _share(page: Page, student: Result, teacher: Result, name: str) -> dict[str,
         notes = [page.notes.number("no share of the teacher: its score is not above 0")]
         return {"share": empty_cell(value="not defined", missing=True, notes=notes)}
     percent, interval = 100 * pupil.value / master.value, ""
-    notes = []
-    plain = [result.details.get("clusters", {}).get(name) for result in (student, teacher)]
-    if all(plain):
+    measures = [measure_of(result, name) for result in (student, teacher)]
+    texts = [measure for measure in measures if isinstance(measure, str)]
+    drawn = [measure for measure in measures if not isinstance(measure, str)]
+    if not texts:
         try:
-            found = retention_percent(*(Clusters.from_plain(each) for each in plain))
+            found = retention_percent(*drawn)
             if found.low is not None and found.high is not None:
                 interval = f"{found.low:.0f} to {found.high:.0f} %"
+            else:
+                texts = [f"too few clusters to draw from ({found.clusters})"]
         except DataError as error:
-            notes = [page.notes.number(f"no interval of the share: {error.what}")]
+            texts = [error.what]
+    score = f"{NAMES.get(teacher.benchmark, teacher.benchmark)} ({words(name)})"
+    notes = [page.notes.number(f"{score}: no interval of the share, {text}") for text in texts[:1]]
     return {"share": empty_cell(value=_percent(percent), interval=interval, notes=notes)}
 
 
@@ -229,36 +238,54 @@ def _beyond(page: Page, student: float, teacher: float, untrained: float | None)
     return {"beyond": empty_cell(value=_percent(100 * share))}
 
 
-def cost_table(found: Collection) -> dict[str, Any]:
-    """Seconds of each benchmark (parts that were resumed are not counted again) and what the results know of size."""
+def cost_table(page: Page) -> dict[str, Any]:
+    """Size, speed and memory, and seconds of each benchmark; a row for each machine on which an encoder was measured.
+
+    Parts and features that were there already cost no seconds again.
+    """
+    found = page.found
     benchmarks = sorted({column.benchmark for column in found.columns}, key=place_of)
-    facts = {name: keys for name, keys in _COST.items() if _any_known(found, keys)}
     rows = []
     for encoder in found.encoders:
-        own = [result for (who, _), result in found.results.items() if who == encoder]
-        cells = [_fact(own, keys) for keys in facts.values()]
-        for benchmark in benchmarks:
-            spent = [result.seconds for result in own if result.benchmark == benchmark]
-            cells.append(f"{sum(spent):,.1f}" if spent else None)
-        rows.append({"name": encoder.name, "pooling": encoder.pooling, "cells": cells})
-    columns = [*facts, *(f"{NAMES.get(name, name)}, seconds" for name in benchmarks)]
-    return {"columns": columns, "rows": rows, "facts": len(facts)}
+        by_cost: dict[str, list[Result]] = {}
+        for (who, _), result in found.results.items():
+            if who == encoder:
+                by_cost.setdefault(repr(result.data.get("cost")), []).append(result)
+        for own in by_cost.values() or [[]]:
+            cells = _cost_cells(page, own[0].data.get("cost") if own else None)
+            for benchmark in benchmarks:
+                spent = [result.seconds for result in own if result.benchmark == benchmark]
+                missing = empty_cell(value="not run", missing=True)
+                cells.append(empty_cell(value=f"{sum(spent):,.1f}") if spent else missing)
+            rows.append({"name": encoder.shown, "pooling": encoder.pooling, "cells": cells})
+    return {"columns": [*_COST, *(f"{NAMES.get(name, name)}, seconds" for name in benchmarks)], "rows": rows}
 
 
-def _any_known(found: Collection, keys: Sequence[str]) -> bool:
-    return any(first_known(result.data, keys) is not None for result in found.results.values())
-
-
-def _fact(results: Sequence[Result], keys: Sequence[str]) -> str | None:
-    known = [value for result in results if (value := first_known(result.data, keys)) is not None]
-    return None if not known else f"{known[0]:,}" if isinstance(known[0], int | float) else str(known[0])
+def _cost_cells(page: Page, cost: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if cost is None:
+        return [empty_cell(value="not measured", missing=True) for _ in _COST]
+    how = (
+        f"{cost['tiles_per_second']:,} tiles a second: {cost['processor']}, {cost['threads']} threads, "
+        f"{cost['batch']} tiles of {cost['input_px']} px at once ({cost['tiles']}), {cost['precision']}, "
+        f"{cost['engine']}, {cost['date']}; a plain matrix product ran at {cost['yardstick_gflops']:,.0f} GFLOP/s "
+        f"in the same rounds; memory with {cost['memory_batch']} tiles at once: {cost['memory_rule']}"
+    )
+    cells = []
+    for name, unit in _COST.values():
+        notes = [page.notes.number(how)] if name in ("tiles_per_second", "memory_bytes") else []
+        known = cost[name] is not None
+        value = f"{cost[name] / unit:,.3g}" if known and cost[name] < 1e3 * unit else f"{(cost[name] or 0) / unit:,.0f}"
+        cells.append(empty_cell(value=value if known else "not known", missing=not known, notes=notes))
+    return cells
 
 
 def provenance_table(found: Collection) -> list[dict[str, str]]:
     """A row per result: weights, data and version."""
     rows = []
     for (encoder, column), result in sorted(found.results.items(), key=_result_place):
-        facts = [f"{name.replace('_', ' ')} {_brief(name, value)}" for name, value in result.data.items()]
+        told = {name: value for name, value in result.data.items() if name != "cost"}  # has a table of its own
+        told |= {name: result.settings[name] for name in ("input_px", "precision") if name in result.settings}
+        facts = [f"{name.replace('_', ' ')} {_brief(name, value)}" for name, value in told.items()]
         rows.append(
             {
                 "benchmark": f"{NAMES.get(column.benchmark, column.benchmark)}, {words(column.score)}",
@@ -266,6 +293,7 @@ def provenance_table(found: Collection) -> list[dict[str, str]]:
                 "key": result.encoder_key[:12],
                 "facts": "; ".join(facts),
                 "version": result.histill,
+                "date": result.date,
             }
         )
     return rows
@@ -276,10 +304,12 @@ def _result_place(item: tuple[tuple[Encoder, Column], Result]) -> tuple[Any, ...
 
 
 def _brief(name: str, value: Any) -> str:
-    """A fact in few words; of a path the last name alone, since a page is passed on."""
+    """A fact in few words; of a path the last name alone, since a page is passed on, and of a digest the start."""
     if isinstance(value, dict):
         return "(" + ", ".join(f"{key.replace('_', ' ')} {_brief(key, each)}" for key, each in value.items()) + ")"
     if isinstance(value, list):
         return ", ".join(_brief(name, each) for each in value) or "none"
     text = str(value)
+    if len(text) == 64 and not set(text) - set("0123456789abcdef"):
+        return text[:12]
     return Path(text).name if Path(text).is_absolute() else text

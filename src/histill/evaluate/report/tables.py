@@ -22,6 +22,7 @@ __all__ = [
     "number_text",
     "published_rows",
     "sources",
+    "subset_notes",
     "words",
 ]
 
@@ -101,15 +102,17 @@ def headline(page: Page, columns: Sequence[Column]) -> dict[str, Any]:
             score, _, name = (part.replace("_", " ") for part in column.score.partition("/"))
         heads.append({"name": name, "score": score, "what": _WHAT.get(column.benchmark), "notes": notes})
     measured = [
-        {"name": encoder.name, "pooling": encoder.pooling, "cells": [_cell(page, encoder, own) for own in columns]}
+        {"name": encoder.shown, "pooling": encoder.pooling, "cells": [_cell(page, encoder, own) for own in columns]}
         for encoder in page.found.encoders
     ]
     return {"columns": heads, "measured": measured, "published": published_rows(columns)}
 
 
 def words(score: str) -> str:
-    """``balanced_accuracy/bach`` as ``bach: balanced accuracy``."""
+    """``balanced_accuracy/bach`` as ``bach: balanced accuracy``, ``few_shot_auc/4`` as ``few shot auc, 4 a class``."""
     metric, _, task = score.partition("/")
+    if task.isdecimal():
+        return f"{metric}, {task} a class".replace("_", " ")
     return f"{task}: {metric}".replace("_", " ") if task else metric.replace("_", " ")
 
 
@@ -124,7 +127,7 @@ def _cell(page: Page, encoder: Encoder, column: Column) -> dict[str, Any]:
         return empty_cell(value="not run", missing=True, notes=not_run(page, encoder, column))
     score = find_score(result, column.score)
     assert score is not None, "collect looked at this"
-    notes = [page.notes.number(text) for text in [*_subset(result), *([score.note] if score.note else [])]]
+    notes = [page.notes.number(text) for text in [*subset_notes(result), *([score.note] if score.note else [])]]
     if score.value is None:
         return empty_cell(value="not defined", missing=True, notes=notes)
     return empty_cell(value=number_text(score.value), interval=_interval(score.low, score.high), notes=notes)
@@ -141,7 +144,7 @@ def not_run(page: Page, encoder: Encoder, column: Column) -> list[int]:
     return [page.notes.number(f"{what} was not run: {absent.reason}")]
 
 
-def _subset(result: Result) -> list[str]:
+def subset_notes(result: Result) -> list[str]:
     """Where PLISM was run on less than the whole, or as the original computes it."""
     if result.benchmark != "plism":
         return []
