@@ -23,6 +23,8 @@ presets:
   tokens    no heads: cosine + smooth-L1 on standardised teacher tokens
   cpu       DINO + iBOT + KoLeo with a ViT-Ti student and small crops, sized for 2 cores
 
+histill distill PRESET --teacher NAME --plan   parameters, operations, memory, days and GPU-hours, before anything is
+                                               loaded (--plan.world 8 --plan.gpu h100 --plan.utilisation 0.4)
 histill distill PRESET --help   every option with the preset's values
 """
 
@@ -44,13 +46,19 @@ def run(argv: list[str]) -> int:
             allowed=", ".join(PRESETS),
             remedy=nearest(name, PRESETS) or "see histill distill --help",
         )
+    planning = "--plan" in rest
+    options, plan_options = _split(rest)
     config = configs.parse(
         DistillConfig,
-        rest,
+        options,
         prog=f"histill distill {name}",
         description="Teach a small student from a large frozen teacher.",
         default=default,
     )
+    if planning:
+        return _plan(config, plan_options, name)
+    if plan_options:
+        raise ConfigError("options of a plan without --plan", got=" ".join(plan_options), remedy="add --plan")
     config.require_complete()
     from histill import distributed
     from histill.distill.run import distill
@@ -69,3 +77,33 @@ def run(argv: list[str]) -> int:
         return 1 if summary.get("failed") else 0
     finally:
         distributed.leave(ranks)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The options of the run, and those of the plan (``--plan.NAME VALUES``) without their prefix."""
+    options: list[str] = []
+    plan_options: list[str] = []
+    values = options
+    for argument in argv:
+        if argument == "--plan":
+            values = options
+            continue
+        if argument.startswith("--"):
+            values = plan_options if argument.startswith("--plan.") else options
+        values.append(argument.replace("--plan.", "--", 1) if values is plan_options else argument)
+    return options, plan_options
+
+
+def _plan(config: DistillConfig, argv: list[str], name: str) -> int:
+    from rich.console import Console
+
+    from histill.distill.plan import make_plan, print_plan
+    from histill.distill.plan_config import PlanConfig
+
+    if not config.teacher:
+        raise ConfigError("the teacher is missing", where="--teacher", remedy="give --teacher NAME")
+    wanted = configs.parse(
+        PlanConfig, argv, prog=f"histill distill {name} --plan", description="What a run would cost."
+    )
+    print_plan(config, wanted, make_plan(config, wanted), Console())
+    return 0
