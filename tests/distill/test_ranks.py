@@ -239,6 +239,7 @@ def test_each_objective_alone(terms: str, small_teacher: Path, small_tiles: Path
     "layout",
     [
         "--scale.micro-tiles=3",
+        "--scale.pack=True",
         "--scale.checkpoint-activations=True",
         pytest.param("--scale.compile=True", marks=pytest.mark.slow),
     ],

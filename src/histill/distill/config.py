@@ -223,6 +223,8 @@ class ScaleConfig:
     sees the whole share in one go. KoLeo and the relational loss then compare the tiles of one such part."""
     checkpoint_activations: bool = False
     """Compute the students' activations again in the backward pass instead of keeping them: less memory, more time."""
+    pack: bool = False
+    """Run the global and local crops of a student through its layers together; attention stays within each crop."""
     compile: bool = False
     """Compile the blocks of teachers and students (torch.compile): minutes at the start, faster steps on GPUs."""
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from histill.distill.config import DistillConfig
 from histill.distill.labelled import LabelledBatch, LabelledHead
+from histill.distill.packing import pack_attention
 from histill.distill.parallel import compile_blocks, replicate, shard, whole
 from histill.distill.targets import Said
 from histill.distill.task import DistillTask, Outcome, Step
@@ -107,6 +108,8 @@ def learner_of(
     student: Any = lesson.student.model
     if config.scale.checkpoint_activations:
         student.set_grad_checkpointing(True)
+    if config.scale.pack:
+        lesson.task.packing = pack_attention(student)
     if config.scale.compile:
         compile_blocks(student)
     wrapped: nn.Module = lesson

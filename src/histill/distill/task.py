@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from histill.distill import losses
 from histill.distill.config import ObjectiveConfig
 from histill.distill.heads import Adaptor, PrototypeHead
+from histill.distill.packing import Packing
 from histill.distill.targets import Said
 from histill.distill.teacher import Teacher
 from histill.distill.views import Views
@@ -126,6 +127,7 @@ class DistillTask(nn.Module):
         super().__init__()
         self.config, self.drop, self.seed = config, drop, seed
         self.weights = tuple(weights) or (1.0,) * len(teachers)
+        self.packing: Packing | None = None
         self.heads = nn.ModuleList(TeacherHeads(config, student_dim, teacher) for teacher in teachers)
 
     def _heads(self) -> list[TeacherHeads]:
@@ -180,9 +182,7 @@ class DistillTask(nn.Module):
         """Score the student on one batch of views; the terms are in float32."""
         crops = views.global_GBCHW.shape[0]
         with step.autocast:
-            tokens = student(views.global_GBCHW.flatten(0, 1))
-            local_LBS = self._local_cls(student, views)
-        cls_MS, patches_MNS = tokens.cls_BD, tokens.patches_BHWD.flatten(1, 2)
+            cls_MS, patches_MNS, local_LBS = self._seen(student, views)
         terms: dict[str, Tensor] = {}
         monitors: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
@@ -221,14 +221,17 @@ class DistillTask(nn.Module):
             monitors |= {f"{name}{ending}": step.share * value for name, value in seen.items()}
         return Outcome(torch.stack(weighted).sum(), terms, monitors)
 
-    def _local_cls(self, student: Encoder, views: Views) -> Tensor | None:
-        """Class tokens of the local crops, (L, B, S); only DINO looks at them."""
-        count = views.local_LBCHW.shape[0]
-        if not self.config.dino or not count:
-            return None
-        cls_MS: Tensor = student(views.local_LBCHW.flatten(0, 1)).cls_BD
-        local_LBS: Tensor = cls_MS.unflatten(0, (count, -1))
-        return local_LBS
+    def _seen(self, student: Encoder, views: Views) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Class and patch tokens of the global crops; class tokens of the local ones, (L, B, S), if DINO needs them."""
+        count = views.local_LBCHW.shape[0] if self.config.dino else 0
+        groups = [views.global_GBCHW.flatten(0, 1), *([views.local_LBCHW.flatten(0, 1)] if count else [])]
+        if self.packing is not None and count:
+            found = self.packing.tokens([student.normalise(images) for images in groups])
+            patches_MNS = found[0][:, student.prefix_tokens :]
+            return found[0][:, 0], patches_MNS, found[1][:, 0].unflatten(0, (count, -1))
+        tokens = [student(images) for images in groups]
+        local_LBS = tokens[1].cls_BD.unflatten(0, (count, -1)) if count else None
+        return tokens[0].cls_BD, tokens[0].patches_BHWD.flatten(1, 2), local_LBS
 
     def _dino(
         self, head: PrototypeHead, cls_MS: Tensor, local_LBS: Tensor | None, said: Said, step: Step
