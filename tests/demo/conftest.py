@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from histill.demo import measure
+from histill.demo import benchmarks, measure
 from histill.demo.config import DemoConfig
 from histill.demo.run import demo
 
@@ -24,6 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr(socket, "getaddrinfo", _no_network)
         patch.setattr(measure, "speeds", functools.partial(measure.speeds, rounds=3))
+        patch.setattr(benchmarks, "TILES", 16)
         report = demo(DemoConfig(out=out, steps=2, slides=6), console=Console(quiet=True))
     assert report == out / "report.html"
     return out

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from histill import config as configs
 from histill import files
 from histill.cli import main
-from histill.demo import command, measure, prepare
+from histill.demo import benchmarks, command, measure, prepare
 from histill.demo import run as demo_run
 from histill.demo.config import DemoConfig
 from histill.demo.run import TEACHER, demo, distill_config
@@ -66,6 +66,7 @@ def test_the_summary_holds_what_was_promised(facts: dict[str, Any]) -> None:
         "speed",
         "neighbours",
         "training",
+        "benchmarks",
         "start",
         "seed",
         "config",
@@ -137,6 +138,35 @@ def test_the_counts_are_those_of_the_files(finished: Path, facts: dict[str, Any]
             assert number == sum((row["split"], row["label"]) == (split, kind) for row in labels)
 
 
+# ------------------------------------------------------------------ benchmarks
+
+
+def test_every_benchmark_has_a_score_of_every_model(finished: Path, facts: dict[str, Any], page: Page) -> None:
+    told = facts["benchmarks"]
+    rows = {row["benchmark"]: row for row in told["headlines"]}
+    assert set(rows) == set(told["names"]) == set(benchmarks.NAMES)
+    assert {name.partition("/")[0] for name in rows} == {"plism", "hest", "eva", "pathorob", "tiles", "paired"}
+    text = " ".join(" ".join(page.text).split())
+    assert "compare with each other, and with no published one" in text
+    for row in rows.values():
+        for model in ("teacher", "student", "untrained"):
+            path = finished / "benchmarks" / "results" / row["benchmark"].partition("/")[0]
+            found = list(path.glob(f"{model}__*/**/results.json"))
+            scores = [score for each in found for score in files.read_json(each)["scores"]]
+            assert row[model]["value"] in [score["value"] for score in scores if score["name"] == row["score"]]
+            value = row[model]["value"]
+            assert f"{value:.3f}" in text or f"{100 * value:.0f}%" in text
+    for name in ("plism", "hest", "paired"):
+        assert rows[name]["teacher"]["value"] > rows[name]["untrained"]["value"]
+
+
+def test_the_page_of_the_benchmarks_says_what_it_is(finished: Path) -> None:
+    text = (finished / "benchmarks.html").read_text(encoding="utf-8")
+    assert "Benchmarks on drawn tissue" in text
+    assert all(f"{name}" in text for name in ("teacher", "student", "untrained"))
+    assert "local-dir:" not in text
+
+
 # ------------------------------------------------------------------ report.html
 
 
@@ -182,7 +212,8 @@ def test_the_report_is_one_file_that_loads_nothing(finished: Path, page: Page) -
     assert len(text.encode()) < LIMIT_BYTES
     assert not page.open, "every tag is closed"
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
-    assert all(load.startswith("data:image/") for load in page.loads)
+    assert [load for load in page.loads if not load.startswith("data:image/")] == ["benchmarks.html"], "the one link"
+    assert (finished / "benchmarks.html").is_file()
     assert not re.search(r"url\(|@import|https?://", text)
 
 
@@ -310,6 +341,9 @@ def test_an_error_at_the_end_leaves_nothing_half_written_and_the_next_call_goes_
         "tiles",
         "checks",
         "run",
+        "benchmarks",
+        "benchmarks.html",
+        "benchmarks.md",
     }
     assert {path: path.read_bytes() for path in (finished / "checks").rglob("*") if path.is_file()} == checks
     assert demo(_tiny(finished), console=Console(quiet=True)) == finished / "report.html"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histill.errors import ConfigError
-from histill.synthetic import KINDS, MPP, SlideEffects, draw_tile, slide_effects
+from histill.synthetic import KINDS, MPP, SlideEffects, draw_field, draw_tile, slide_effects
 from histill.synthetic.cells import CELLS, Cell, draw_cell
 from histill.synthetic.glands import cell_borders
 from histill.synthetic.texture import ATLAS_PX, atlas, fibres, noise
@@ -124,3 +124,15 @@ def test_wrong_arguments_are_refused() -> None:
         draw_tile("lymphoit", 64, 0, SlideEffects())
     with pytest.raises(ConfigError, match="tile_px"):
         draw_tile("gland", 16, 0, SlideEffects())
+
+
+@pytest.mark.parametrize(("kind", "cell"), [("gland", "epithelial"), ("tumour", "tumour"), ("lymphoid", "lymphocyte")])
+def test_a_field_knows_its_nuclei(kind: str, cell: str) -> None:
+    field = draw_field(kind, 128, 5, SlideEffects())
+    np.testing.assert_array_equal(field.concentrations_HWS, draw_tile(kind, 128, 5, SlideEffects()))
+    assert max(field.cells, key=lambda name: field.cells[name]) == cell
+    names = {list(CELLS)[value - 1] for value in np.unique(field.nuclei_HW) if value}
+    assert cell in names <= set(field.cells)
+    inside = field.nuclei_HW > 0
+    haematoxylin_HW = field.concentrations_HWS[..., 0]
+    assert haematoxylin_HW[inside].mean() > 2 * haematoxylin_HW[~inside].mean()

@@ -8,8 +8,9 @@ from histill.demo.config import DemoConfig
 __all__ = ["run"]
 
 _DESCRIPTION = """Draw slides, cut them into tiles, teach a small student from the teacher that ships with histill,
-check it, and write report.html and summary.json. Needs no network and no GPU; about 3 minutes on 2 cores. The same
-command again says that the demo is finished, or goes on where it was cut short."""
+check it, run every benchmark on small drawn folders, and write report.html, benchmarks.html and summary.json. Needs no
+network and no GPU; about 4 minutes on 2 cores. The same command again says that the demo is finished, or goes on where
+it was cut short."""
 
 
 def run(argv: list[str]) -> int:

@@ -24,7 +24,7 @@ from histill.models import build_student, load_encoder, wrap
 from histill.models.encoder import Encoder
 from histill.synthetic import LABELS_CSV
 
-__all__ = ["Measured", "count_macs", "measure", "nearest_elsewhere", "same_class_share", "speeds"]
+__all__ = ["Measured", "count_macs", "load_models", "measure", "nearest_elsewhere", "same_class_share", "speeds"]
 
 NEIGHBOURS = 5
 _BATCH, _WARM_ROUNDS, _ROUNDS = 32, 3, 20
@@ -44,25 +44,32 @@ class Measured:
     """For the report alone."""
 
 
-def measure(demo: Path, teacher: Path, student: Path, *, seed: int) -> Measured:
+def load_models(teacher: Path, student: Path, *, seed: int) -> dict[str, Encoder]:
+    """Load the bundles ``teacher`` and ``student``, and make ``untrained``: the student's shape, never trained."""
+    models = {"teacher": load_encoder(f"local-dir:{teacher}"), "student": load_encoder(f"local-dir:{student}")}
+    known = models["student"]
+    untrained = wrap(
+        build_student(STUDENT, seed=seed), name="untrained", mean=known.mean, std=known.std, input_px=known.input_px
+    )
+    return {**models, "untrained": untrained.eval()}
+
+
+def measure(demo: Path, all_models: Mapping[str, Encoder], *, seed: int) -> Measured:
     """Measure teacher and student on the drawn tiles, on the CPU.
 
     Parameters
     ----------
     demo
         The demo's folder, with ``tiles`` and ``checks``.
-    teacher, student
-        Model bundles.
+    all_models
+        As :func:`load_models` gives them.
     seed
-        Of the untrained student and of the choice of queries.
+        Of the choice of queries.
     """
     cpu = torch.device("cpu")
     autocast = autocast_for(cpu, "auto")
-    models = {"teacher": load_encoder(f"local-dir:{teacher}"), "student": load_encoder(f"local-dir:{student}")}
-    untrained = wrap(
-        build_student(STUDENT, seed=seed), name="untrained", mean=models["student"].mean, std=models["student"].std
-    ).eval()
-    for model in (*models.values(), untrained):
+    models = {name: all_models[name] for name in ("teacher", "student")}
+    for model in all_models.values():
         plain_attention_on_cpu(model, cpu)
     rates, ratios = speeds(models, autocast)
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
@@ -70,7 +77,7 @@ def measure(demo: Path, teacher: Path, student: Path, *, seed: int) -> Measured:
     queries_Q = np.flatnonzero(check.columns["split"] == "test")
     nearest: dict[str, NDArray[np.intp]] = {}
     shares: dict[str, Any] = {"k": NEIGHBOURS}
-    for name, model in {**models, "untrained": untrained}.items():
+    for name, model in all_models.items():
         features_ND = _features(check, model, autocast)
         nearest[name] = nearest_elsewhere(features_ND, check.columns["slide"], queries_Q, NEIGHBOURS)
         shares[name] = same_class_share(nearest[name], check.columns["label"], queries_Q)

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from histill.demo.benchmarks import PAGE
 from histill.demo.charts import Level, Line, chart, smooth
 from histill.demo.pictures import Pictures
 from histill.demo.summary import LABELS, PAIRED
@@ -68,6 +69,33 @@ _TERMS = {
         "KoLeo: each tile and its nearest in the batch",
     ),
 }
+# benchmark -> what it asks, what its score is, how it is written; tasks of EVA by their own names
+_BENCHMARKS: dict[str, tuple[str, str, str]] = {
+    "plism": (
+        "PLISM: does tissue stay the same under other stains and scanners?",
+        "its score: mean of the medians of likeness and of top-10 retrieval, over pairs of slides",
+        "number",
+    ),
+    "hest": (
+        "HEST: are genes predicted from the picture?",
+        "Pearson correlation, mean over 50 invented genes whose counts follow the drawn nuclei",
+        "number",
+    ),
+    "eva/mhist": ("EVA, MHIST: two classes of fields", "linear head; balanced accuracy", "share"),
+    "eva/bach": ("EVA, BACH: four classes of fields", "linear head; balanced accuracy", "share"),
+    "eva/pcam": ("EVA, PCam: tumour in small patches", "linear head; balanced accuracy", "share"),
+    "pathorob": (
+        "PathoROB: ordered by tissue or by hospital?",
+        "robustness index: 1 by tissue, 0 by hospital",
+        "number",
+    ),
+    "tiles": ("Your own labelled tiles", "linear classifier; balanced accuracy", "share"),
+    "paired": (
+        "Your own fields under several scanners",
+        "share whose twin is among the ten nearest tiles (top-10)",
+        "share",
+    ),
+}
 _POINTS = 300  # of a curve at most
 
 
@@ -86,7 +114,7 @@ def render(facts: Mapping[str, Any], curves: Mapping[str, Sequence[float]], pict
     Returns
     -------
     str
-        HTML without a reference to any other file.
+        HTML that loads no other file; it links to the page of the benchmarks beside it.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -98,6 +126,8 @@ def render(facts: Mapping[str, Any], curves: Mapping[str, Sequence[float]], pict
         pictures=dataclasses.asdict(pictures),
         classes=_CLASSES,
         rows=_rows(facts),
+        benchmarks=_benchmark_rows(facts["benchmarks"]["headlines"]),
+        benchmarks_page=PAGE,
         progress=[Markup(svg) for svg in _progress_charts(facts)],
         losses=_loss_charts(curves),
         learning_rate=Markup(_learning_rate(curves)),
@@ -130,6 +160,21 @@ def _rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         share = facts["retention"][table][metric]
         row["retention"] = None if share is None else _percent(share)
         row["reason"] = facts["no_retention"].get(table, {}).get(metric)
+        rows.append(row)
+    return rows
+
+
+def _benchmark_rows(headlines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table of benchmarks: one row per benchmark and task."""
+    rows = []
+    for found in headlines:
+        plain, technical, kind = _BENCHMARKS[found["benchmark"]]
+        row: dict[str, Any] = {"plain": plain, "technical": technical}
+        for name in ("untrained", "student", "teacher"):
+            value, *ends = (found[name][part] for part in ("value", "low", "high"))
+            write = _percent if kind == "share" else "{:.3f}".format
+            row[name] = "not defined" if value is None else write(value)
+            row[f"{name}_interval"] = None if None in ends else f"{write(ends[0])} to {write(ends[1])}"
         rows.append(row)
     return rows
 

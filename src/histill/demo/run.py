@@ -1,9 +1,10 @@
-"""The demo, step by step: draw, cut, distil, measure, report.
+"""The demo, step by step: draw, cut, distil, measure, run the benchmarks, report.
 
 A demo's folder holds ``demo.json`` (its settings), ``slides/``, ``tiles/`` (as ``histill tile`` leaves it), ``checks/``
-(labelled and paired tiles as files), ``run/`` (as ``histill distill`` leaves it), and at the end ``report.html`` and
-``summary.json``. Each of them is whole or absent (tiles and run by their own records), so that a demo that was cut
-short goes on with the first one that is missing.
+(labelled and paired tiles as files), ``run/`` (as ``histill distill`` leaves it), ``benchmarks/`` (small benchmark
+folders, and their results), and at the end ``benchmarks.html``, ``report.html`` and ``summary.json``. Each of them is
+whole or absent (tiles, run and results by their own records), so that a demo that was cut short goes on with the first
+one that is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TEACHER = Path(__file__).parent / "assets" / "teacher"
 class _Stages:
     """Announces each stage and keeps its seconds."""
 
-    names = ("draw slides", "cut tiles", "distil", "measure", "report")
+    names = ("draw slides", "cut tiles", "distil", "measure", "benchmarks", "report")
 
     def __init__(self, console: Console) -> None:
         self.console, self.seconds = console, dict[str, float]()
@@ -104,15 +105,21 @@ def _run(config: DemoConfig, stages: _Stages, started: float, resumed: bool) -> 
     if summary is None:
         return None
     with stages.stage(3, "measuring speed and neighbours"):
-        from histill.demo.measure import measure
+        from histill.demo.measure import load_models, measure
 
-        measured = measure(folder, TEACHER, folder / "run" / "student", seed=config.seed)
-    with stages.stage(4, "writing the report"):
+        models = load_models(TEACHER, folder / "run" / "student", seed=config.seed)
+        measured = measure(folder, models, seed=config.seed)
+    with stages.stage(4, "running the benchmarks on small drawn folders"):
+        from histill.demo.benchmarks import run_benchmarks
+
+        benchmarks = run_benchmarks(folder, models, seed=config.seed, console=console)
+    with stages.stage(5, "writing the report"):
         from histill.demo.report import render
         from histill.demo.summary import curves, summarise
 
         metrics = folder / "run" / "metrics.jsonl"
         facts = summarise(config, told, summary, measured, metrics)
+        facts["benchmarks"] = benchmarks
         facts["resumed"] = resumed
         facts["seconds"] = {**stages.seconds, "total": round(time.monotonic() - started, 1)}
         files.write_text(folder / "report.html", render(facts, curves(metrics), measured.pictures))

@@ -6,7 +6,7 @@ from histill.synthetic.scanners import SCANNERS, ScannerSpec, render, scanner_sp
 from histill.synthetic.scene import MPP, SlideEffects, slide_effects
 from histill.synthetic.stains import STAINS, StainSpec, beer_lambert, stain_spec
 from histill.synthetic.tiles import LABELS_CSV, PAIRED_CSV, write_tile_set
-from histill.synthetic.tissue import KINDS, draw_tile
+from histill.synthetic.tissue import KINDS, Field, draw_field, draw_tile
 
 __all__ = [
     "KINDS",
@@ -15,10 +15,12 @@ __all__ = [
     "PAIRED_CSV",
     "SCANNERS",
     "STAINS",
+    "Field",
     "ScannerSpec",
     "SlideEffects",
     "StainSpec",
     "beer_lambert",
+    "draw_field",
     "draw_tile",
     "render",
     "scanner_spec",

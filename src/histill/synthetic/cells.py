@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from histill.synthetic.texture import ATLAS_PX, Array, atlas
+from histill.synthetic.texture import ATLAS_PX, Array, Mask, atlas
 
 __all__ = ["CELLS", "MITOSES", "Cell", "CellStyle", "draw_cell", "local_frame"]
 
@@ -158,8 +158,10 @@ def local_frame(
     return (slice(top, bottom), slice(left, right)), dy, dx
 
 
-def draw_cell(canvas_HWS: Array, rng: np.random.Generator, cell: Cell, mpp: float, chromatin: float = 1.0) -> None:
-    """Draw one nucleus into the concentration map, in place; parts outside the map are cut off.
+def draw_cell(
+    canvas_HWS: Array, rng: np.random.Generator, cell: Cell, mpp: float, chromatin: float = 1.0
+) -> tuple[tuple[slice, slice], Mask] | None:
+    """Draw one nucleus into the concentration map, in place; parts outside of it are cut off.
 
     Parameters
     ----------
@@ -173,6 +175,10 @@ def draw_cell(canvas_HWS: Array, rng: np.random.Generator, cell: Cell, mpp: floa
         Microns per pixel of the map.
     chromatin
         Factor on the contrast of the chromatin (a property of the slide).
+
+    Returns
+    -------
+    A part of the map and where in it the nucleus lies; None when it lies outside the map.
     """
     style = CELLS[cell.kind]
     mitotic = cell.kind in MITOSES
@@ -180,7 +186,7 @@ def draw_cell(canvas_HWS: Array, rng: np.random.Generator, cell: Cell, mpp: floa
     extent = max(shape.a, shape.b + shape.split_px)
     frame = local_frame(canvas_HWS.shape, cell.y, cell.x, extent * max(1.3, style.halo) + 4.0)
     if frame is None:
-        return
+        return None
     part, dy, dx = frame
     cos, sin = np.float32(math.cos(cell.angle)), np.float32(math.sin(cell.angle))
     along, across = cos * dx + sin * dy, cos * dy - sin * dx
@@ -189,8 +195,7 @@ def draw_cell(canvas_HWS: Array, rng: np.random.Generator, cell: Cell, mpp: floa
         distance = np.sqrt(along * along + across * across)
         thinned = np.clip((extent * style.halo - distance) / 3.0 + 0.5, 0.0, 1.0)
         window_HWS *= (1.0 - (0.40 if mitotic else 0.30) * thinned)[..., None]
-    if shape.split_px:
-        across = np.abs(across) - np.float32(shape.split_px)
+    across = np.abs(across) - np.float32(shape.split_px) if shape.split_px else across
     if shape.bend:
         across = across + np.float32(shape.bend) * along * along
     p = np.asarray(along / shape.a, dtype=np.float32)
@@ -212,6 +217,7 @@ def draw_cell(canvas_HWS: Array, rng: np.random.Generator, cell: Cell, mpp: floa
     window_HWS *= (1.0 - cover)[..., None]
     window_HWS[..., 0] += mask * nuclear
     window_HWS[..., 1] += 0.13 * mask
+    return part, np.asarray(mask > 0.5)
 
 
 def _outline(p: Array, q: Array, bumps: tuple[tuple[float, float], ...]) -> Array:

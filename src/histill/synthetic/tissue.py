@@ -9,8 +9,11 @@ Shapes: H height, W width, S stains (haematoxylin, eosin, residual).
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from histill.errors import ConfigError, nearest
 from histill.synthetic.cells import CELLS, MITOSES, Cell, draw_cell
@@ -18,7 +21,7 @@ from histill.synthetic.glands import GlandStyle, cell_borders, draw_gland, draw_
 from histill.synthetic.scene import MPP, Scene, SlideEffects
 from histill.synthetic.texture import Array, Mask, fibres, noise
 
-__all__ = ["KINDS", "draw_tile"]
+__all__ = ["KINDS", "Field", "draw_field", "draw_tile"]
 
 KINDS = ("gland", "tumour", "stroma", "lymphoid")
 """The tissue classes: normal glands, atypical epithelium, stroma without epithelium, lymphocyte-rich tissue."""
@@ -26,8 +29,25 @@ KINDS = ("gland", "tumour", "stroma", "lymphoid")
 _MARGIN_PX = 8.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Field:
+    """A field with its nuclei."""
+
+    concentrations_HWS: Array
+    """Of haematoxylin, eosin and residual, float32, not negative."""
+    nuclei_HW: NDArray[np.uint8]
+    """1 + the position in :data:`histill.synthetic.cells.CELLS` of the nucleus that lies there; 0 for none."""
+    cells: dict[str, int]
+    """Cell type -> nuclei with their centre in the field."""
+
+
 def draw_tile(kind: str, tile_px: int, seed: int, slide_effects: SlideEffects) -> Array:
-    """Draw one field of tissue.
+    """Draw one field of tissue: (tile_px, tile_px, 3) float32, the concentrations of :func:`draw_field`."""
+    return draw_field(kind, tile_px, seed, slide_effects).concentrations_HWS
+
+
+def draw_field(kind: str, tile_px: int, seed: int, slide_effects: SlideEffects) -> Field:
+    """Draw one field of tissue and keep where its nuclei are.
 
     Parameters
     ----------
@@ -39,10 +59,6 @@ def draw_tile(kind: str, tile_px: int, seed: int, slide_effects: SlideEffects) -
         The same arguments give the same field.
     slide_effects
         What it shares with the other tiles of its slide.
-
-    Returns
-    -------
-    (tile_px, tile_px, 3) float32, concentrations of haematoxylin, eosin and residual, not negative.
     """
     if kind not in KINDS:
         raise ConfigError(f"there is no tissue '{kind}'", allowed=", ".join(KINDS), remedy=nearest(kind, KINDS))
@@ -51,11 +67,18 @@ def draw_tile(kind: str, tile_px: int, seed: int, slide_effects: SlideEffects) -
     scene = _matrix(tile_px, np.random.default_rng([seed, KINDS.index(kind)]), slide_effects)
     {"gland": _glands, "tumour": _tumour, "stroma": _stroma, "lymphoid": _lymphoid}[kind](scene)
     tissue_HW = _clear(scene)
+    nuclei_HW, cells = np.zeros((tile_px, tile_px), dtype=np.uint8), Counter[str]()
+    values = {name: value for value, name in enumerate(CELLS, start=1)}
     for cell in scene.cells:
         row, column = (min(max(int(value), 0), tile_px - 1) for value in (cell.y, cell.x))
-        if tissue_HW[row, column]:
-            draw_cell(scene.canvas_HWS, scene.rng, cell, MPP, slide_effects.chromatin)
-    return _balance(scene)
+        if not tissue_HW[row, column]:
+            continue
+        drawn = draw_cell(scene.canvas_HWS, scene.rng, cell, MPP, slide_effects.chromatin)
+        if drawn is not None:
+            part, nucleus_HW = drawn
+            nuclei_HW[part][nucleus_HW] = values[cell.kind]
+        cells[cell.kind] += 0 <= cell.y < tile_px and 0 <= cell.x < tile_px
+    return Field(concentrations_HWS=_balance(scene), nuclei_HW=nuclei_HW, cells=dict(cells))
 
 
 def _matrix(tile_px: int, rng: np.random.Generator, effects: SlideEffects) -> Scene:
