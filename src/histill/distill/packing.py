@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention
 from torch import Tensor
 
 from histill.errors import ModelError
@@ -56,8 +55,8 @@ def pack_attention(model: Any) -> Packing:
     """
     packing = Packing(model)
     for block in model.blocks:
-        attention = block.attn
-        if type(attention) is not Attention:
+        attention: Any = block.attn
+        if type(attention).__name__ != "Attention":  # timm has moved the class between modules
             raise ModelError(
                 "the crops of this student cannot be packed",
                 got=type(attention).__name__,
