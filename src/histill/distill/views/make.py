@@ -58,7 +58,7 @@ class Views:
     local_LBCHW: Tensor
     """Local crops."""
     clean_GBCHW: Tensor
-    """Global crops as the teacher sees them: ``global_GBCHW`` itself, the same crops unchanged, or looking otherwise."""
+    """Global crops as the teacher sees them: ``global_GBCHW`` itself, the same crops unchanged, or otherwise."""
 
 
 def make_views(
