@@ -102,8 +102,8 @@ def run_config(config: TeacherConfig, tiles: Path) -> DistillConfig:
     base = PRESETS["cpu"]
     return dataclasses.replace(
         base,
-        teacher=config.teacher,
-        student="vit-micro",
+        teacher=(config.teacher,),
+        student=("vit-micro",),
         tiles=tiles,
         out=config.work / "run",
         minutes=0.0 if config.steps else config.minutes,

@@ -55,13 +55,36 @@ def parse(
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(
         config_class,
-        args=list(argv),
+        args=_joined(config_class, argv),
         prog=prog,
         description=description,
         config=(tyro.conf.PositionalRequiredArgs,) if flags else (tyro.conf.FlagConversionOff,),
         **kwargs,
     )
     return from_dict(config_class, to_dict(parsed), where="command line")
+
+
+def _joined(config_class: type[Any], argv: Sequence[str]) -> list[str]:
+    """Gather the values of a list option that comes several times, in the singular or the plural, into one option."""
+    spelled: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        if get_origin(hint) is tuple and get_args(hint)[1:] == (Ellipsis,):
+            option, singular = "--" + name.replace("_", "-"), "--" + name.removesuffix("s").replace("_", "-")
+            spelled |= {option: option, singular: option, f"{singular}s": option}
+    others: list[str] = []
+    gathered: dict[str, list[str]] = {}
+    values = others
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        if option.replace("_", "-") in spelled:
+            values = gathered.setdefault(spelled[option.replace("_", "-")], [])
+            values += [value] if equals else []
+        elif argument.startswith("--"):
+            values = others
+            others.append(argument)
+        else:
+            values.append(argument)
+    return [*others, *(text for option, given in gathered.items() for text in (option, *given))]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,20 +1,25 @@
-"""Ranks: who am I among the processes of this run, and sums over them.
+"""Ranks: who am I among the processes of this run, and what all of them know together.
 
-Pure code gets its collectives as arguments (``reduce``), so that it runs without a process group.
+Pure code gets its collectives as arguments (``reduce``, ``gather``), so that it runs without a process group.
+
+Shapes: B rows of this rank, A rows of all ranks.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from histill.errors import RunError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Ranks", "join"]
+__all__ = ["Ranks", "join", "leave", "others_may_end"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +30,11 @@ class Ranks:
     """From 0 to ``world`` - 1."""
     world: int = 1
     """Number of processes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place and without a gradient; the tensor itself with one rank."""
@@ -41,6 +51,36 @@ class Ranks:
 
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (B, ...) of all ranks one below the other, (A, ...), in the order of ranks; B may differ.
+
+        A gradient flows back: each rank's rows get the sum of what all ranks say of them.
+        """
+        if self.world == 1:
+            return rows
+        from histill.collectives import gather_rows
+
+        return gather_rows(rows)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """A JSON-ready value of every rank, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        import torch
+
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor([len(text)])).tolist()
+        whole = bytes(self.gather(text).numpy())
+        ends = [sum(sizes[: rank + 1]) for rank in range(self.world)]
+        return [json.loads(whole[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
 
 
 def join() -> Ranks:
@@ -69,5 +109,43 @@ def join() -> Ranks:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(rank=dist.get_rank(), world=dist.get_world_size())
+
+
+def leave(ranks: Ranks) -> None:
+    """Take the process group down, at the end of a command."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+@contextmanager
+def others_may_end(ranks: Ranks) -> Iterator[None]:
+    """Say plainly that another rank has ended, where a collective fails because of it.
+
+    Raises
+    ------
+    RunError
+        In place of the backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1:
+            raise
+        import torch.distributed as dist
+
+        # gloo raises bare RuntimeErrors from C++
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in _BACKENDS):
+            raise
+        raise RunError(
+            "another process of this run has ended",
+            where=f"rank {ranks.rank} of {ranks.world} noticed it",
+            got=str(error).splitlines()[0],
+            remedy="its own message says why, if it was not killed; the same command goes on from the last checkpoint",
+        ) from None
+
+
+_BACKENDS = ("gloo", "nccl", "connection closed by peer", "connection reset")

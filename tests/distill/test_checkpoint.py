@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from histill.distill import checkpoint
+from histill.distill.checkpoint import TrainingState
 from histill.errors import RunError
 
 
@@ -37,16 +38,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     modules, optimiser = built(0)
     for number in range(3):
         step(modules, optimiser, number)
-    path = checkpoint.save(tmp_path, 3, modules, optimiser, keep=2)
+    path = checkpoint.save(tmp_path, 3, TrainingState(modules, [optimiser]), keep=2)
     modules, optimiser = built(99)
-    assert checkpoint.load(path, modules, optimiser) == 3
+    assert checkpoint.load(path, TrainingState(modules, [optimiser])) == (3, {})
     assert [step(modules, optimiser, number) for number in range(3, 6)] == whole[3:]
 
 
 def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     modules, optimiser = built(0)
     for number in (0, 5, 10, 15):
-        checkpoint.save(tmp_path, number, modules, optimiser, keep=2)
+        checkpoint.save(tmp_path, number, TrainingState(modules, [optimiser]), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step_00000010.safetensors",
         "step_00000015.safetensors",
@@ -58,15 +59,15 @@ def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
 def test_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
     modules, optimiser = built(0)
-    path = checkpoint.save(tmp_path, 3, modules, optimiser, keep=1)
+    path = checkpoint.save(tmp_path, 3, TrainingState(modules, [optimiser]), keep=1)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(RunError, match="step_00000003"):
-        checkpoint.load(path, modules, optimiser)
+        checkpoint.load(path, TrainingState(modules, [optimiser]))
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     modules, optimiser = built(0)
-    path = checkpoint.save(tmp_path, 3, modules, optimiser, keep=1)
+    path = checkpoint.save(tmp_path, 3, TrainingState(modules, [optimiser]), keep=1)
     modules["student"] = nn.Linear(5, 3)
     with pytest.raises(RunError, match="does not fit"):
-        checkpoint.load(path, modules, optimiser)
+        checkpoint.load(path, TrainingState(modules, [optimiser]))

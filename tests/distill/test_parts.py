@@ -56,17 +56,19 @@ def test_weight_decay_spares_biases_norms_and_layer_scales(
     small_teacher: Path, small_tiles: Path, tmp_path: Path
 ) -> None:
     config = DistillConfig(
-        teacher=f"local-dir:{small_teacher}", student="vit-nano", tiles=small_tiles, out=tmp_path, batch_tiles=8
+        teacher=(f"local-dir:{small_teacher}",), student=("vit-nano",), tiles=small_tiles, out=tmp_path, batch_tiles=8
     )
-    parts = build(config, tmp_path / "s.safetensors")
+    learner = build(config, tmp_path).learners[0]
     decaying = {
-        id(parameter) for group in parts.optimiser.param_groups if group["decays"] for parameter in group["params"]
+        id(parameter) for group in learner.optimiser.param_groups if group["decays"] for parameter in group["params"]
     }
-    for name, parameter in parts.student.named_parameters():
+    for name, parameter in learner.student.named_parameters():
         spared = name.endswith(("bias", "gamma", "norm.weight", "norm1.weight", "norm2.weight"))
         assert (id(parameter) in decaying) == (not spared), name
-    last = [parameter for group in parts.optimiser.param_groups if group["last_layer"] for parameter in group["params"]]
-    assert {id(parameter) for parameter in last} == {id(parameter) for parameter in parts.task.last_layers()}
+    last = [
+        parameter for group in learner.optimiser.param_groups if group["last_layer"] for parameter in group["params"]
+    ]
+    assert {id(parameter) for parameter in last} == {id(parameter) for parameter in learner.lesson.task.last_layers()}
     assert len(last) == 2
 
 

@@ -105,7 +105,7 @@ def test_the_student_is_the_average_and_carries_its_origin(whole: Path, small_te
     for name, tensor in bundle.encoder.model.state_dict().items():
         assert torch.equal(tensor, state[f"average/model.{name}"])
     assert bundle.provenance["teacher"]["content_hash"] == read_bundle(small_teacher).encoder.content_hash()
-    assert bundle.provenance["config"]["student"] == "vit-nano"
+    assert bundle.provenance["config"]["student"] == ["vit-nano"]
 
 
 def test_checkpoints_hold_no_teacher(whole: Path) -> None:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from histill.distill import losses
 from histill.distill.config import ObjectiveConfig
 from histill.distill.heads import PrototypeHead
+from histill.distill.targets import Said, balance
 from histill.distill.task import DistillTask, Step
-from histill.distill.teacher import Teacher
+from histill.distill.teacher import FitStep, Teacher
 from histill.distill.views import Views
 from histill.errors import ModelError, RunError
 from histill.models import build_student, load_encoder, wrap
@@ -32,9 +34,17 @@ def crops(batches: int = 3, tiles: int = 8, px: int = 56) -> list[torch.Tensor]:
     return [torch.rand(tiles, 3, px, px, generator=generator) for _ in range(batches)]
 
 
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def placed(batches: list[torch.Tensor]) -> list[tuple[NDArray[np.int64], torch.Tensor]]:
+    return [(np.arange(number * len(batch), (number + 1) * len(batch)), batch) for number, batch in enumerate(batches)]
+
+
 def fitted(folder: Path, config: ObjectiveConfig, px: int = 56) -> Teacher:
     teacher = Teacher(load_encoder(f"local-dir:{folder}"), config, px)
-    teacher.fit(crops(px=px), 24, 0, OFF)
+    teacher.fit(placed(crops(px=px)), 24, 0, FitStep(autocast=OFF, reduce=own, gather=own))
     return teacher
 
 
@@ -51,7 +61,12 @@ def views(n_local: int = 2) -> Views:
     )
 
 
-STEP = Step(positions_B=np.arange(4), teacher_temperature=0.07, autocast=OFF)
+STEP = Step(positions_B=np.arange(4), autocast=OFF)
+
+
+def said(teacher: Teacher, seen: Views) -> Said:
+    targets = teacher.targets(seen.clean_GBCHW.flatten(0, 1), 4)
+    return balance(teacher, targets, teacher.config, STEP.positions_B, 0.07, seed=0)
 
 
 def test_targets_are_standardised_and_prototypes_unit(small_teacher: Path) -> None:
@@ -102,16 +117,16 @@ def test_every_term_equals_the_plain_computation(small_teacher: Path, student: E
     config = dataclasses.replace(BASE, relational=0.5, koleo=0.3, dino=0.7, ibot=1.1)
     teacher, seen = fitted(small_teacher, config), views()
     torch.manual_seed(0)
-    task = DistillTask(config, student.embed_dim, teacher, seed=0)
+    task = DistillTask(config, student.embed_dim, [teacher], seed=0)
     targets = teacher.targets(seen.clean_GBCHW.flatten(0, 1), 4)
-    outcome = task(student, seen, targets, STEP)
+    outcome = task(student, seen, [said(teacher, seen)], STEP)
     tokens = student(seen.global_GBCHW.flatten(0, 1))
     local = student(seen.local_LBCHW.flatten(0, 1)).cls_BD
     cls, patches = tokens.cls_BD, tokens.patches_BHWD.flatten(1, 2)
     cls_targets = losses.sinkhorn(targets.cls_scores_ME @ teacher.cls_prototypes_KE.T, 0.07)
     dino = losses.dino_loss(
-        task.cls_head(cls).unflatten(0, (2, 4)),
-        task.cls_head(local).unflatten(0, (2, 4)),
+        task.heads[0].cls_head(cls).unflatten(0, (2, 4)),
+        task.heads[0].cls_head(local).unflatten(0, (2, 4)),
         cls_targets.unflatten(0, (2, 4)),
     )
     patch_logits = targets.patch_scores_MHWE.flatten(0, 2) @ teacher.patch_prototypes_KE.T
@@ -124,10 +139,10 @@ def test_every_term_equals_the_plain_computation(small_teacher: Path, student: E
 
     expected = {
         "dino": sum(dino),
-        "ibot": losses.ibot_loss(task.patch_head(patches), patch_targets),
+        "ibot": losses.ibot_loss(task.heads[0].patch_head(patches), patch_targets),
         "koleo": losses.koleo_loss(cls[:4]) + losses.koleo_loss(cls[4:]),
-        "token_cls": regression(task.cls_adaptor(cls), targets.cls_MD),
-        "token_patch": regression(task.patch_adaptor(patches), targets.patches_MHWD.flatten(1, 2)),
+        "token_cls": regression(task.heads[0].cls_adaptor(cls), targets.cls_MD),
+        "token_patch": regression(task.heads[0].patch_adaptor(patches), targets.patches_MHWD.flatten(1, 2)),
         "relational": relational.distance + relational.angle,
     }
     assert set(outcome.terms) == set(expected)
@@ -144,17 +159,17 @@ def test_masked_ibot_scores_only_the_chosen_tokens(small_teacher: Path, student:
         head_hidden=24, head_bottleneck=12,
     )  # fmt: skip
     teacher, seen = fitted(small_teacher, config), views()
-    task = DistillTask(config, student.embed_dim, teacher, seed=0)
-    outcome = task(student, seen, teacher.targets(seen.clean_GBCHW.flatten(0, 1), 4), STEP)
+    task = DistillTask(config, student.embed_dim, [teacher], seed=0)
+    outcome = task(student, seen, [said(teacher, seen)], STEP)
     assert float(outcome.monitors["ibot_effective_weight"]) == pytest.approx(2.0 * 0.25)
-    again = task(student, seen, teacher.targets(seen.clean_GBCHW.flatten(0, 1), 4), STEP)
+    again = task(student, seen, [said(teacher, seen)], STEP)
     assert torch.equal(outcome.loss, again.loss)
 
 
 def test_gradients_reach_the_student_and_never_the_teacher(small_teacher: Path, student: Encoder) -> None:
     teacher, seen = fitted(small_teacher, BASE), views()
-    task = DistillTask(BASE, student.embed_dim, teacher, seed=0)
-    task(student, seen, teacher.targets(seen.clean_GBCHW.flatten(0, 1), 4), STEP).loss.backward()
+    task = DistillTask(BASE, student.embed_dim, [teacher], seed=0)
+    task(student, seen, [said(teacher, seen)], STEP).loss.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
     assert not any("teacher" in name for name in task.state_dict())
@@ -205,31 +220,31 @@ def test_heads_that_do_not_fit_are_refused(small_teacher: Path, tmp_path: Path) 
 def test_linear_adaptors_start_at_the_least_squares_solution(small_teacher: Path, student: Encoder) -> None:
     teacher = fitted(small_teacher, BASE)
     torch.manual_seed(0)
-    task = DistillTask(BASE, student.embed_dim, teacher, seed=0)
+    task = DistillTask(BASE, student.embed_dim, [teacher], seed=0)
 
     @torch.no_grad()
     def error() -> float:
         parts = []
         for batch in crops():
-            predicted = task.patch_adaptor(student(batch).patches_BHWD)
+            predicted = task.heads[0].patch_adaptor(student(batch).patches_BHWD)
             parts.append((predicted - teacher.targets(batch, 4).patches_MHWD).square().mean())
         return float(torch.stack(parts).mean())
 
     before = error()
-    task.fit_adaptors(student, teacher, crops(), OFF)
+    task.fit_adaptors(student, [teacher], crops(), OFF)
     after = error()
     assert after < 0.9 * min(before, 1.0)  # 1.0: the error of predicting nothing
     with torch.no_grad():  # a minimum: a step along any direction does not help by more than the ridge holds back
         for scale in (-0.05, 0.05):
-            task.patch_adaptor.layers[0].weight.mul_(1 + scale)
+            task.heads[0].patch_adaptor.layers[0].weight.mul_(1 + scale)
             assert error() > after - 0.02
-            task.patch_adaptor.layers[0].weight.div_(1 + scale)
+            task.heads[0].patch_adaptor.layers[0].weight.div_(1 + scale)
 
 
 def test_mlp_adaptors_keep_their_random_start(small_teacher: Path, student: Encoder) -> None:
     config = dataclasses.replace(BASE, adaptor_hidden=8)
     teacher = fitted(small_teacher, config)
-    task = DistillTask(config, student.embed_dim, teacher, seed=0)
+    task = DistillTask(config, student.embed_dim, [teacher], seed=0)
     before = {name: value.clone() for name, value in task.state_dict().items()}
-    task.fit_adaptors(student, teacher, crops(), OFF)
+    task.fit_adaptors(student, [teacher], crops(), OFF)
     assert all(torch.equal(before[name], value) for name, value in task.state_dict().items())

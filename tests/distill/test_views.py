@@ -36,9 +36,9 @@ def same(first, second):
     return all(torch.equal(getattr(first, name), getattr(second, name)) for name in NAMES)
 
 
-@pytest.mark.parametrize("teacher_view", ["same", "clean"])
+@pytest.mark.parametrize("teacher_view", ["same", "clean", "other"])
 def test_views_depend_on_seed_and_position_alone(tiles, teacher_view):
-    config = replace(CONFIG, teacher_view=teacher_view)
+    config = replace(CONFIG, teacher_view=teacher_view, scanner=1.0)
     together = make_views(tiles, SIZES, POSITIONS, config, seed=3)
     for order in ([4, 2, 0], [1], [3, 3, 3, 3, 3, 3, 1]):
         apart = make_views(tiles[order], SIZES[order], POSITIONS[order], config, seed=3)
@@ -207,3 +207,24 @@ def test_the_settings_import_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["8", "False"]
+
+
+def test_the_other_rendering_shows_the_same_piece_of_tissue(tiles):
+    """Another look of the same crop: with looks of no strength it is the crop itself; with them it differs."""
+    plain = replace(CONFIG, teacher_view="other", colour=0.0, stain=0.0, blur_probability=0.0)
+    seen = make_views(tiles, SIZES, POSITIONS, plain, seed=3)
+    assert torch.equal(seen.clean_GBCHW, seen.global_GBCHW)
+    looks = make_views(tiles, SIZES, POSITIONS, replace(plain, stain=1.0, scanner=1.0), seed=3)
+    change = (looks.clean_GBCHW - looks.global_GBCHW).abs().mean((2, 3, 4))
+    assert (change > 0.01).all()
+    clean = make_views(tiles, SIZES, POSITIONS, replace(plain, teacher_view="clean"), seed=3).clean_GBCHW
+    for rendered in (looks.clean_GBCHW, looks.global_GBCHW):  # noise tiles: the pattern stays, whatever the look
+        for one, other in zip(rendered.flatten(0, 1), clean.flatten(0, 1), strict=True):
+            assert np.corrcoef(one.flatten(), other.flatten())[0, 1] > 0.9
+
+
+def test_without_a_scanner_views_are_what_they_were(tiles):
+    """The scanner's draws come last: they move no other draw."""
+    with_it = make_views(tiles, SIZES, POSITIONS, replace(CONFIG, scanner=1e-9), seed=3)
+    without = make_views(tiles, SIZES, POSITIONS, CONFIG, seed=3)
+    torch.testing.assert_close(with_it.global_GBCHW, without.global_GBCHW, rtol=0, atol=1e-5)

@@ -117,3 +117,40 @@ def test_white_stays_light_and_tissue_stays_purple_at_the_usual_strength():
     assert (nucleus[:, 2] > nucleus[:, 1]).all()  # never green
     assert (nucleus[:, 0] > nucleus[:, 1] - 0.05).all()
     assert nucleus.std(axis=0).min() > 0.01
+
+
+def look(scanner, seed=0, count=40, **strengths):
+    generator = np.random.default_rng(seed)
+    counts = (colour.COLOUR_DRAWS, colour.STAIN_DRAWS, colour.SCANNER_DRAWS)
+    uniforms = [generator.random((count, each)) for each in counts]
+    return uniforms, colour.draw_look(*uniforms, scanner=scanner, **({"colour": 0.0, "stain": 0.0} | strengths))
+
+
+def test_a_scanner_is_a_gamma_a_mixing_that_keeps_grey_and_noise():
+    uniforms, found = look(1.0)
+    signed = 2 * uniforms[2] - 1
+    values = np.random.default_rng(1).uniform(0.1, 1.0, (40, 3))
+    expected = values ** (1 + colour.GAMMA) ** signed[:, :3]
+    logs = np.einsum("nij,nj->ni", found.stain_N34[:, :, :3], np.log(values))
+    np.testing.assert_allclose(np.exp(logs), expected)
+    grey = np.full((40, 3, 1), 0.6)
+    np.testing.assert_allclose(found.colour_N34[:, :, :3] @ grey, grey)
+    assert found.noise_N.min() >= 0
+    assert found.noise_N.max() <= colour.NOISE
+
+
+def test_a_scanner_comes_after_the_stain_and_the_jitter():
+    uniforms, both = look(1.0, colour=1.0, stain=1.0)
+    _, scanner = look(1.0)
+    stain, jitter = colour.draw_stain(uniforms[1], 1.0), colour.draw_colour(uniforms[0], 1.0)
+    np.testing.assert_allclose(both.stain_N34, scanner.stain_N34[:, :, :3] @ stain)
+    np.testing.assert_allclose(both.colour_N34, scanner.colour_N34[:, :, :3] @ jitter)
+
+
+def test_noise_has_its_deviation_and_differs_between_crops():
+    images = torch.zeros(6, 3, 64, 64)
+    places = np.random.default_rng(0).random((6, 4))
+    colour.add_noise(images, np.full(6, 0.02), places)
+    np.testing.assert_allclose(images.std((1, 2, 3)), 0.02, rtol=0.05)
+    correlation = np.corrcoef(images.flatten(1))
+    assert np.abs(correlation - np.eye(6)).max() < 0.1

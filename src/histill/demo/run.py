@@ -214,8 +214,8 @@ def distill_config(config: DemoConfig, hold_out_slides: Sequence[str]) -> Distil
         return there
     base = PRESETS["cpu"]
     changed: dict[str, Any] = {
-        "teacher": f"local-dir:{TEACHER}",
-        "student": STUDENT,
+        "teacher": (f"local-dir:{TEACHER}",),
+        "student": (STUDENT,),
         "tiles": config.out / "tiles",
         "hold_out_slides": tuple(hold_out_slides),
         "checks": dataclasses.replace(

@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from histill.distill.parallel import local
 from histill.models.encoder import Encoder
 
 __all__ = ["average_of", "update_average"]
@@ -21,4 +22,5 @@ def average_of(student: Encoder) -> Encoder:
 @torch.no_grad()
 def update_average(average: Encoder, student: Encoder, momentum: float) -> None:
     """Move each weight: average = momentum * average + (1 - momentum) * student."""
-    torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1.0 - momentum)
+    kept = [local(parameter) for parameter in average.parameters()]
+    torch._foreach_lerp_(kept, [local(parameter) for parameter in student.parameters()], 1.0 - momentum)

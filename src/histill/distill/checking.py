@@ -78,7 +78,7 @@ class Checker:
         self.image_px, self._autocast = image_px, autocast
         self.checks: dict[str, Check] = {table.stem: load_check(table, image_px) for table in tables}
         self._tiles_NCHW = sample_tiles(source, agreement_tiles, image_px)
-        self._teacher_ND: NDArray[np.float32] | None = None
+        self._teachers_ND: dict[str, NDArray[np.float32]] = {}
 
     def scores(self, encoder: Encoder) -> Scores:
         """Every metric of every table, for one encoder."""
@@ -98,9 +98,9 @@ class Checker:
 
     def agreement(self, student: Encoder, teacher: Encoder) -> tuple[dict[str, float], str | None]:
         """Linear CKA, neighbour overlap and effective ranks on tiles of the training set, and a warning on collapse."""
-        if self._teacher_ND is None:
-            self._teacher_ND = self._features(self._embedding(teacher))
-        teacher_ND, student_NE = self._teacher_ND, self._features(self._embedding(student))
+        if teacher.name not in self._teachers_ND:
+            self._teachers_ND[teacher.name] = self._features(self._embedding(teacher))
+        teacher_ND, student_NE = self._teachers_ND[teacher.name], self._features(self._embedding(student))
         ranks = {"student_rank": effective_rank(student_NE), "teacher_rank": effective_rank(teacher_ND)}
         warning = collapse_warning(
             ranks["student_rank"],

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from histill import files
+from histill.distill.parallel import like, whole
+from histill.distributed import Ranks
 from histill.errors import RunError
 
-__all__ = ["latest", "load", "save"]
+__all__ = ["TrainingState", "latest", "load", "save"]
 
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 
-def save(
-    folder: Path,
-    step: int,
-    modules: dict[str, nn.Module],
-    optimiser: torch.optim.Optimizer,
-    *,
-    keep: int,
-) -> Path:
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds."""
+
+    modules: dict[str, nn.Module]
+    """Name -> module (student, heads, average); the optimizers' parameters are among theirs."""
+    optimisers: Sequence[torch.optim.Optimizer]
+    """AdamW or others whose state holds tensors only."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Student -> why it learns no more."""
+
+
+def save(folder: Path, step: int, state: TrainingState, *, keep: int, ranks: Ranks | None = None) -> Path:
     """Write the state before ``step`` and remove all but the last ``keep`` checkpoints.
+
+    The file does not depend on the number of ranks: sharded tensors are written whole, by the first rank. Every rank
+    must call this.
 
     Parameters
     ----------
@@ -34,26 +47,35 @@ def save(
         The run's checkpoint folder.
     step
         The next step.
-    modules
-        Name -> module (student, heads, average); the optimizer's parameters are among theirs.
-    optimiser
-        AdamW or another optimizer whose state holds tensors only.
+    state
+        What is saved.
     keep
         Number of checkpoints that stay.
+    ranks
+        Place in the run; one rank if None.
     """
-    tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
-    }
-    for parameter_name, parameter in _named_parameters(modules, optimiser).items():
+    first = ranks is None or ranks.first
+    tensors: dict[str, Tensor] = {}
+
+    def take(name: str, tensor: Tensor) -> None:
+        value = whole(tensor.detach())
+        if first:
+            tensors[name] = value.cpu().contiguous()
+
+    for name, module in state.modules.items():
+        for key, value in module.state_dict().items():
+            take(f"{name}/{key}", value)
+    for name, (parameter, optimiser) in _trained(state).items():
         for key, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"optimiser/{key}/{parameter_name}"] = value.detach().cpu().contiguous()
+            take(f"optimiser/{key}/{name}", value)
     target = folder / f"step_{step:08d}.safetensors"
-    with files.atomic_path(target) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step)})
-    for old in _steps(folder)[:-keep]:
-        old.unlink()
+    if first:
+        with files.atomic_path(target) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step), "failed": json.dumps(state.failed)})
+        for old in _steps(folder)[:-keep]:
+            old.unlink()
+    if ranks is not None:
+        ranks.wait()
     return target
 
 
@@ -62,8 +84,10 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_steps(folder)), None)
 
 
-def load(path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer) -> int:
-    """Restore a checkpoint in place, strictly, and return its step.
+def load(path: Path, state: TrainingState) -> tuple[int, dict[str, str]]:
+    """Restore a checkpoint in place, strictly; returns its step, and the students that had failed by then.
+
+    Every rank reads the file, which must lie where all of them can see it; sharded tensors keep their share.
 
     Raises
     ------
@@ -72,9 +96,10 @@ def load(path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.Optim
     """
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            metadata = file.metadata()
+            step, failed = int(metadata["step"]), json.loads(metadata.get("failed", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             "a checkpoint cannot be read",
             where=path,
@@ -82,30 +107,34 @@ def load(path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.Optim
             remedy="remove it: the run goes on from the one before",
         ) from None
     try:
-        for name, module in modules.items():
-            prefix = f"{name}/"
-            state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            module.load_state_dict(state, strict=True)
-        optimiser.state.clear()
-        for parameter_name, parameter in _named_parameters(modules, optimiser).items():
+        for name, module in state.modules.items():
+            prefix, patterns = f"{name}/", module.state_dict()
+            found = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            placed = {key: like(value, patterns[key]) if key in patterns else value for key, value in found.items()}
+            module.load_state_dict(placed, strict=True)
+        for optimiser in state.optimisers:
+            optimiser.state.clear()
+        for name, (parameter, optimiser) in _trained(state).items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"optimiser/{key}/{parameter_name}")
-                if value is not None:
-                    optimiser.state[parameter][key] = value.to(parameter.device)  # fused AdamW counts steps there too
+                value = tensors.get(f"optimiser/{key}/{name}")
+                if value is not None:  # fused AdamW counts steps on the parameter's device too
+                    is_count = key == "step"
+                    optimiser.state[parameter][key] = value.to(parameter.device) if is_count else like(value, parameter)
     except RuntimeError as error:
         raise RunError("a checkpoint does not fit this run", where=path, got=error) from None
-    return step
+    return step, failed
 
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*.safetensors") if _NAME.fullmatch(path.name))
 
 
-def _named_parameters(modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    trained = {parameter for group in optimiser.param_groups for parameter in group["params"]}
+def _trained(state: TrainingState) -> dict[str, tuple[nn.Parameter, torch.optim.Optimizer]]:
+    """Name -> parameter and the optimizer that moves it."""
+    of = {parameter: each for each in state.optimisers for group in each.param_groups for parameter in group["params"]}
     return {
-        f"{name}.{key}": parameter
-        for name, module in modules.items()
+        f"{name}.{key}": (parameter, of[parameter])
+        for name, module in state.modules.items()
         for key, parameter in module.named_parameters()
-        if parameter in trained
+        if parameter in of
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from histill.distill.views.config import ViewConfig
 from histill.errors import ConfigError
 
-__all__ = ["CheckConfig", "DistillConfig", "ObjectiveConfig", "OptimiserConfig"]
+__all__ = ["CheckConfig", "DistillConfig", "ObjectiveConfig", "OptimiserConfig", "ScaleConfig"]
 
 
 def _require(holds: bool, what: str, field_name: str, got: object, allowed: str) -> None:
@@ -172,13 +173,80 @@ class CheckConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
-    """One distillation run: teacher -> student."""
+class LabelledTask:
+    """A labelled set that joins the run."""
 
-    teacher: str = ""
-    """A name from `histill models`, or timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER."""
-    student: str = "h0-mini"
-    """A name from `histill models --students`."""
+    table: Path
+    """CSV with `path` and the column; `split` where there is one."""
+    column: str = "label"
+    """Column with the class or the number."""
+    kind: Literal["classification", "regression"] = "classification"
+    """Cross-entropy with classes weighted to count the same, or squared error of the standardised number."""
+    weight: float = 1.0
+    """Weight of its loss."""
+
+    @classmethod
+    def read(cls, text: str) -> LabelledTask:
+        """Read TABLE[,column=...][,kind=...][,weight=...]."""
+        table, *settings = text.split(",")
+        values: dict[str, Any] = dict(setting.partition("=")[::2] for setting in settings)
+        for key in values:
+            if key not in ("column", "kind", "weight"):
+                raise ConfigError(
+                    "a labelled set has no such setting", where="--labelled", got=key, allowed="column, kind, weight"
+                )
+        if values.get("kind", "regression") not in ("classification", "regression"):
+            raise ConfigError(
+                "there is no such kind of task",
+                where="--labelled",
+                got=values["kind"],
+                allowed="classification, regression",
+            )
+        try:
+            weight = float(values.pop("weight", 1.0))
+        except ValueError:
+            weight = -1.0
+        _require(0 < weight < math.inf, "a weight is a positive number", "labelled", text, "weight=0.5")
+        return cls(table=Path(table), weight=weight, **values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleConfig:
+    """How the work is laid out in memory and over processes (torchrun). It does not change what is learnt."""
+
+    students: Literal["replicate", "shard"] = "replicate"
+    """Every process holds each student and its optimizer whole (DDP), or its share of them (FSDP2)."""
+    teachers: Literal["replicate", "shard"] = "replicate"
+    """Every process holds each teacher whole, or its share of it (FSDP2), for teachers that do not fit."""
+    micro_tiles: int = 0
+    """Tiles of a process that a student holds activations for at once; 0: its whole share of the step. The teacher
+    sees the whole share in one go. KoLeo and the relational loss then compare the tiles of one such part."""
+    checkpoint_activations: bool = False
+    """Compute the students' activations again in the backward pass instead of keeping them: less memory, more time."""
+    pack: bool = False
+    """Run the global and local crops of a student through its layers together; attention stays within each crop."""
+    compile: bool = False
+    """Compile the blocks of teachers and students (torch.compile): minutes at the start, faster steps on GPUs."""
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        _require(self.micro_tiles >= 0, "cannot be negative", "scale.micro_tiles", self.micro_tiles, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig:
+    """One distillation run: teachers -> students."""
+
+    teacher: tuple[str, ...] = ()
+    """A name from `histill models`, or timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER; several may be given. The first
+    one gives its normalisation, and its weights to a pruned start."""
+    teacher_weight: tuple[float, ...] = ()
+    """Weight of each teacher's losses; none given: 1 for all."""
+    teacher_drop: float = 0.0
+    """With several teachers: share of images in which a teacher's token losses are left out, never those of the teacher
+    that the image is matched to worst (Sariyildiz et al., UNIC, ECCV 2024, section 3.2)."""
+    student: tuple[str, ...] = ("h0-mini",)
+    """A name from `histill models --students`; several learn from the same teacher forward."""
     tiles: Path | None = None
     """A tile set of `histill tile`, a folder of tile images at any depth, or slides (read online: slower)."""
     table: Path | None = None
@@ -212,6 +280,13 @@ class DistillConfig:
     """Checkpoints that are kept."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra `tensorboard`)."""
+    labelled: tuple[str, ...] = ()
+    """Labelled sets that join the run, each TABLE[,column=label][,kind=classification|regression][,weight=1]: a CSV
+    with path and the column (and split: rows of split test are left out). Each has a linear head on the student's
+    class token, saved beside the student."""
+    labelled_tiles: int = 16
+    """Tiles of each labelled set in a step, over all processes."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -223,6 +298,40 @@ class DistillConfig:
         _require(self.minutes >= 0, "cannot be negative", "minutes", self.minutes, "0 or more")
         if self.steps and self.minutes:
             raise ConfigError("a run has one length", where="--steps and --minutes", remedy="give one of the two")
+        for name, given in (("teacher", self.teacher), ("student", self.student)):
+            for value in given:
+                if given.count(value) > 1:
+                    raise ConfigError(f"a {name} is named twice", where=f"--{name}", got=value)
+        _require(
+            len(self.teacher_weight) in (0, len(self.teacher)),
+            "one weight for each teacher",
+            "teacher_weight",
+            f"{len(self.teacher_weight)} weights, {len(self.teacher)} teachers",
+            "as many as teachers, or none",
+        )
+        _require(
+            all(weight > 0 for weight in self.teacher_weight),
+            "a teacher's weight must be positive",
+            "teacher_weight",
+            ", ".join(map(str, self.teacher_weight)),
+            "above 0",
+        )
+        _require(0 <= self.teacher_drop < 1, "out of range", "teacher_drop", self.teacher_drop, "0 to below 1")
+        if self.teacher_drop and not self.objective.token_cls + self.objective.token_patch:
+            raise ConfigError(
+                "teachers are dropped from the token losses, which have weight 0",
+                where="--teacher-drop",
+                remedy="give --objective.token-cls or --objective.token-patch a weight",
+            )
+        _require(self.labelled_tiles >= 2, "too few", "labelled_tiles", self.labelled_tiles, "2 or more")
+        tables = [task.table for task in self.labelled_tasks()]
+        _require(
+            len({table.stem for table in tables}) == len(tables),
+            "two labelled sets of one name",
+            "labelled",
+            ", ".join(map(str, tables)),
+            "tables of different file names",
+        )
         _require(self.batch_tiles >= 2, "too few tiles a step", "batch_tiles", self.batch_tiles, "2 or more")
         _require(self.seed >= 0, "cannot be negative", "seed", self.seed, "0 or more")
         _require(self.loader_threads >= 0, "cannot be negative", "loader_threads", self.loader_threads, "0 or more")
@@ -237,6 +346,10 @@ class DistillConfig:
                 got=f"{self.views.n_global} global and {self.views.n_local} local crops",
                 allowed="two global crops, or one and some local ones",
             )
+
+    def labelled_tasks(self) -> tuple[LabelledTask, ...]:
+        """The labelled sets, read."""
+        return tuple(LabelledTask.read(text) for text in self.labelled)
 
     def require_complete(self) -> None:
         """Check that the fields without a usable default are given (presets leave them open)."""

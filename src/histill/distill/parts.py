@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from histill.distill.average import average_of
 from histill.distill.checking import Checker, check_tables, held_out_paths
+from histill.distill.checkpoint import TrainingState
 from histill.distill.config import DistillConfig
-from histill.distill.precision import autocast_for, pick_device, plain_attention_on_cpu
+from histill.distill.labelled import LabelledHead, LabelledSet, open_labelled
+from histill.distill.learner import Learner, Lesson, learner_of
+from histill.distill.parallel import compile_blocks, shard
+from histill.distill.precision import autocast_for, pick_device, plain_attention_on_cpu, store_products_in
 from histill.distill.task import DistillTask
-from histill.distill.teacher import Teacher
+from histill.distill.teacher import FitStep, Teacher
 from histill.distill.views import make_views
+from histill.distributed import Ranks
 from histill.errors import ConfigError
 from histill.models import build_student, channel_statistics, fold_standardisation, load_encoder, wrap
+from histill.models.bundle import teacher_record
 from histill.models.encoder import Encoder
 from histill.models.prune import prune_teacher, why_not_prunable
 from histill.tiles.loader import batches
 from histill.tiles.open import open_tiles
+from histill.tiles.order import positions_of
 from histill.tiles.tile_set import TileSource
 
-__all__ = ["Parts", "build", "resolve_views", "untrained_student"]
+__all__ = ["Parts", "build", "resolve_views", "statistics_paths", "student_folder", "untrained_student"]
 
 _LOCAL_SHARE = 98 / 224
 _LARGEST_GLOBAL_PX = 224
@@ -42,23 +51,51 @@ class Parts:
 
     config: DistillConfig
     """With the sizes of the views filled in."""
-    init: str
-    """How the student started: random, pruned, layers or a bundle's name."""
+    ranks: Ranks
     device: torch.device
     autocast: torch.autocast
     source: TileSource
-    teacher: Teacher
-    student: Encoder
-    average: Encoder
-    """Moving average of the student: the product."""
-    task: DistillTask
-    optimiser: torch.optim.Optimizer
+    labelled: tuple[LabelledSet, ...]
+    teachers: tuple[Teacher, ...]
+    teacher_records: tuple[dict[str, Any], ...]
+    """What is known of each teacher: name, content hash, licence."""
+    learners: tuple[Learner, ...]
+    grid: int
+    """Rows of the students' grid of patch tokens in a global crop."""
     checker: Checker
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def alive(self) -> tuple[Learner, ...]:
+        """The learners whose losses are finite."""
+        return tuple(learner for learner in self.learners if not learner.failed)
+
+    def alive_before(self, rows: Mapping[str, object]) -> tuple[Learner, ...]:
+        """The learners that a step was for: those that took part, also one that failed in it, and those alive."""
+        return tuple(learner for learner in self.learners if learner.name in rows or not learner.failed)
+
+    @property
+    def state(self) -> TrainingState:
         """What a checkpoint holds."""
-        return {"student": self.student, "average": self.average, "task": self.task}
+        several = len(self.learners) > 1
+        modules = {
+            f"{learner.name}/{name}" if several else name: module
+            for learner in self.learners
+            for name, module in learner.modules.items()
+        }
+        failed = {learner.name: learner.failed for learner in self.learners if learner.failed}
+        return TrainingState(modules, [learner.optimiser for learner in self.learners], failed)
+
+
+def student_folder(config: DistillConfig, name: str) -> Path:
+    """Where a student's metrics, summary and bundle go: the run's folder, or one below it when there are several."""
+    assert config.out is not None
+    return config.out if len(config.student) == 1 else config.out / name
+
+
+def statistics_paths(config: DistillConfig, folder: Path) -> list[Path]:
+    """The file with each teacher's statistics."""
+    endings = [""] if len(config.teacher) == 1 else [f".{number}" for number in range(len(config.teacher))]
+    return [folder / f"teacher_statistics{ending}.safetensors" for ending in endings]
 
 
 def resolve_views(config: DistillConfig, source: TileSource, teacher_px: int, patch_px: int) -> DistillConfig:
@@ -84,13 +121,14 @@ def resolve_views(config: DistillConfig, source: TileSource, teacher_px: int, pa
     return dataclasses.replace(config, views=dataclasses.replace(views, global_px=global_px, local_px=local_px))
 
 
-def build(config: DistillConfig, statistics: Path, *, fresh: bool = True) -> Parts:
-    """Build a run.
+def build(config: DistillConfig, folder: Path, *, ranks: Ranks | None = None, fresh: bool = True) -> Parts:
+    """Build a run; every rank builds the same.
 
-    The teacher's statistics are read from ``statistics``, or fitted and written there. With ``fresh`` the student and
-    its adaptors get their first weights; otherwise a checkpoint will set them.
+    The teachers' statistics are read from the run's folder, or fitted and written there. With ``fresh`` the students
+    and their adaptors get their first weights; otherwise a checkpoint will set them.
     """
     assert config.tiles is not None
+    ranks = ranks or Ranks()
     device = pick_device(config.device)
     autocast = autocast_for(device, config.precision)
     tables = config.checks.tables or check_tables(config.tiles)
@@ -101,53 +139,150 @@ def build(config: DistillConfig, statistics: Path, *, fresh: bool = True) -> Par
         hold_out=held_out,
         sampling=config.sampling,
         hold_out_slides=config.hold_out_slides,
-        index_folder=statistics.parent / "slides-index",
+        index_folder=folder / "slides-index",
     )
-    encoder = load_encoder(config.teacher, device=device)
-    student_model, init = _student_model(config, encoder)
-    student = wrap(student_model, name=config.student, mean=encoder.mean, std=encoder.std).to(device)
-    student.train()
-    for model in (encoder, student):
+    labelled = tuple(open_labelled(task) for task in config.labelled_tasks())
+    encoders = [load_encoder(name, device=device) for name in config.teacher]
+    records = tuple(teacher_record(encoder) for encoder in encoders)
+    students = [_student(config, name, encoders[0], device) for name in config.student]
+    for model in (*encoders, *(student for student, _ in students)):
         plain_attention_on_cpu(model, device)
-    config = resolve_views(config, source, encoder.input_px, student.patch_px)
-    if init == "pruned" and fresh:
-        with closing(_fit_crops(config, source, device, min(len(source), _PRUNE_TILES))) as crops:
-            prune_teacher(student_model, encoder, crops)
-        # The kept channels are principal axes of very unequal variance; a standardised class token starts level.
-        with closing(_fit_crops(config, source, device, min(len(source), _PRUNE_TILES))) as crops:
-            fold_standardisation(student_model, *channel_statistics(student, crops))
-    teacher = Teacher(encoder, config.objective, config.views.global_px).to(device)
-    if statistics.exists():
-        teacher.load_statistics(statistics)
-    else:
-        tiles = min(len(source), config.objective.fit_tiles)
-        with closing(_fit_crops(config, source, device, tiles)) as crops:
-            teacher.fit(crops, tiles, config.seed, autocast)
-        teacher.save_statistics(statistics)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
-        task = DistillTask(config.objective, student.embed_dim, teacher, config.seed).to(device)
+    config = resolve_views(
+        config, source, min(encoder.input_px for encoder in encoders), _common_patch_px([each for each, _ in students])
+    )
     if fresh:
-        with closing(_fit_crops(config, source, device, min(len(source), _ADAPTOR_TILES))) as crops:
-            task.fit_adaptors(student, teacher, crops, autocast)
+        for student, init in students:
+            if init == "pruned":
+                _prune(config, source, student, encoders[0], device)
+    if autocast._enabled and config.scale.teachers == "replicate":
+        for encoder in encoders:
+            store_products_in(encoder.model, torch.bfloat16)
+    teachers = _teachers(config, folder, encoders, source, device, autocast, ranks)
+    learners = [
+        _learner(config, student, init, teachers, labelled, source, device, autocast, ranks, fresh)
+        for student, init in students
+    ]
     return Parts(
         config=config,
-        init=init,
+        ranks=ranks,
         device=device,
         autocast=autocast,
         source=source,
-        teacher=teacher,
-        student=student,
-        average=average_of(student),
-        task=task,
-        optimiser=_optimiser(config, student, task),
+        labelled=labelled,
+        teachers=teachers,
+        teacher_records=records,
+        learners=tuple(learners),
+        grid=config.views.global_px // students[0][0].patch_px,
         checker=Checker(tables, source, config.views.global_px, config.checks.agreement_tiles, autocast),
     )
 
 
-def _student_model(config: DistillConfig, encoder: Encoder) -> tuple[nn.Module, str]:
+def _student(config: DistillConfig, name: str, encoder: Encoder, device: torch.device) -> tuple[Encoder, str]:
+    model, init = _student_model(config, name, encoder)
+    student = wrap(model, name=name, mean=encoder.mean, std=encoder.std).to(device)
+    return student.train(), init
+
+
+def _common_patch_px(students: list[Encoder]) -> int:
+    sizes = {student.name: student.patch_px for student in students}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(
+            "students of one run need patches of one size",
+            where="--student",
+            got=", ".join(f"{name}: {size} px" for name, size in sizes.items()),
+            remedy="start a run for each patch size",
+        )
+    return students[0].patch_px
+
+
+def _prune(config: DistillConfig, source: TileSource, student: Encoder, encoder: Encoder, device: torch.device) -> None:
+    tiles = min(len(source), _PRUNE_TILES)
+    with closing(_fit_crops(config, source, device, tiles)) as crops:
+        prune_teacher(student.model, encoder, (images for _, images in crops))
+    # The kept channels are principal axes of very unequal variance; a standardised class token starts level.
+    with closing(_fit_crops(config, source, device, tiles)) as crops:
+        fold_standardisation(student.model, *channel_statistics(student, (images for _, images in crops)))
+
+
+def _teachers(
+    config: DistillConfig,
+    folder: Path,
+    encoders: list[Encoder],
+    source: TileSource,
+    device: torch.device,
+    autocast: torch.autocast,
+    ranks: Ranks,
+) -> tuple[Teacher, ...]:
+    """The teachers with their statistics, read or fitted."""
+    teachers = []
+    paths = statistics_paths(config, folder)
+    # The first rank decides for all: it writes these very files while the others may still be looking.
+    known = ranks.gather_json([path.exists() for path in paths])[0]
+    step = FitStep(autocast=autocast, reduce=ranks.sum_, gather=ranks.gather)
+    for encoder, path, is_known in zip(encoders, paths, known, strict=True):
+        if config.scale.compile:
+            compile_blocks(encoder.model)
+        if ranks.world > 1 and config.scale.teachers == "shard":
+            model: Any = encoder.model
+            shard(encoder, model.blocks, device, ranks)
+        teacher = Teacher(encoder, config.objective, config.views.global_px).to(device)
+        if is_known:
+            teacher.load_statistics(path)
+        else:
+            tiles = min(len(source), config.objective.fit_tiles)
+            with closing(_fit_crops(config, source, device, tiles, ranks)) as crops:
+                teacher.fit(crops, tiles, config.seed, step)
+            if ranks.first:
+                teacher.save_statistics(path)
+            ranks.wait()
+            if not ranks.first:  # the first rank's to the last bit: eigenvectors may differ between processors
+                teacher.load_statistics(path)
+        teachers.append(teacher)
+    return tuple(teachers)
+
+
+def _learner(
+    config: DistillConfig,
+    student: Encoder,
+    init: str,
+    teachers: tuple[Teacher, ...],
+    labelled: tuple[LabelledSet, ...],
+    source: TileSource,
+    device: torch.device,
+    autocast: torch.autocast,
+    ranks: Ranks,
+    fresh: bool,
+) -> Learner:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        task = DistillTask(
+            config.objective,
+            student.embed_dim,
+            teachers,
+            weights=config.teacher_weight,
+            drop=config.teacher_drop,
+            seed=config.seed,
+        )
+        heads = {each.name: LabelledHead(student.embed_dim, each) for each in labelled}
+    lesson = Lesson(student, task, heads).to(device)
+    if fresh:
+        with closing(_fit_crops(config, source, device, min(len(source), _ADAPTOR_TILES))) as crops:
+            task.fit_adaptors(student, teachers, (images for _, images in crops), autocast)
+    return learner_of(
+        config,
+        lesson,
+        average_of(student),
+        name=student.name,
+        folder=student_folder(config, student.name),
+        init=init,
+        device=device,
+        ranks=ranks,
+    )
+
+
+def _student_model(config: DistillConfig, name: str, encoder: Encoder) -> tuple[nn.Module, str]:
     """The student's model and how it starts; for ``pruned`` the weights are set later, when crops can be made."""
-    model: nn.Module = build_student(config.student, seed=config.seed)
+    model: nn.Module = build_student(name, seed=config.seed)
     init = config.init
     if init in ("auto", "pruned"):
         reason = why_not_prunable(model, encoder.model) if init == "auto" else None  # else pruning itself complains
@@ -155,24 +290,30 @@ def _student_model(config: DistillConfig, encoder: Encoder) -> tuple[nn.Module, 
     if init == "random":
         return model, init
     if init == "layers":
-        return build_student(config.student, seed=config.seed, init="teacher", teacher=encoder.model), init
-    return build_student(config.student, seed=config.seed, init="bundle", init_from=init), init
+        return build_student(name, seed=config.seed, init="teacher", teacher=encoder.model), init
+    return build_student(name, seed=config.seed, init="bundle", init_from=init), init
 
 
-def untrained_student(parts: Parts) -> Encoder:
+def untrained_student(parts: Parts, learner: Learner) -> Encoder:
     """The student's architecture with random weights: the zero of every retention."""
-    model = build_student(parts.config.student, seed=parts.config.seed)
-    encoder = wrap(model, name="untrained", mean=parts.student.mean, std=parts.student.std)
+    model = build_student(learner.name, seed=parts.config.seed)
+    encoder = wrap(model, name="untrained", mean=learner.student.mean, std=learner.student.std)
     return encoder.to(parts.device).eval()
 
 
-def _fit_crops(config: DistillConfig, source: TileSource, device: torch.device, tiles: int) -> Generator[torch.Tensor]:
-    """One clean global crop of each of the first ``tiles`` tiles of a shuffled order, in batches."""
-    views = dataclasses.replace(config.views, n_global=1, n_local=0, teacher_view="clean")
-    size = config.batch_tiles
+def _fit_crops(
+    config: DistillConfig, source: TileSource, device: torch.device, tiles: int, ranks: Ranks | None = None
+) -> Generator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """One clean global crop of each of the first ``tiles`` tiles of a shuffled order, in batches, with their places.
 
-    def positions(step: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.arange(step * size, min(tiles, (step + 1) * size), dtype=np.int64)
+    With ``ranks`` each takes its share; otherwise every rank sees them all.
+    """
+    views = dataclasses.replace(config.views, n_global=1, n_local=0, teacher_view="clean")
+    size, ranks = config.batch_tiles, ranks or Ranks()
+
+    def positions(step: int) -> NDArray[np.int64]:
+        own = positions_of(step * size, size, rank=ranks.rank, world=ranks.world)
+        return own[own < tiles]
 
     steps = math.ceil(tiles / size)
     with closing(batches(source, positions, 0, steps, config.seed, workers=config.loader_threads)) as stream:
@@ -182,26 +323,4 @@ def _fit_crops(config: DistillConfig, source: TileSource, device: torch.device, 
             crops = make_views(
                 batch.tiles_BCHW.to(device), batch.sizes_B2, batch.positions_B + _FIT_STREAM, views, config.seed
             )
-            yield crops.clean_GBCHW[0]
-
-
-def _optimiser(config: DistillConfig, student: Encoder, task: DistillTask) -> torch.optim.AdamW:
-    """AdamW in four groups: with and without weight decay, ordinary and last layers."""
-    last = {id(parameter) for parameter in task.last_layers()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for module in (student, task):
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                # Biases, norms, layer scales and single tokens are vectors; position embeddings and tokens are
-                # stored as (1, N, D) and decay as in DINOv2.
-                decays = parameter.ndim > 1 and not name.endswith("bias")
-                groups.setdefault((decays, id(parameter) in last), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "decays": decays, "last_layer": is_last}
-            for (decays, is_last), parameters in groups.items()
-        ],
-        lr=0.0,
-        betas=(config.optimiser.beta1, config.optimiser.beta2),
-        fused=True,
-    )
+            yield batch.positions_B, crops.clean_GBCHW[0]

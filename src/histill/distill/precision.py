@@ -9,7 +9,7 @@ from torch import nn
 
 from histill.errors import ConfigError
 
-__all__ = ["autocast_for", "pick_device", "plain_attention_on_cpu"]
+__all__ = ["autocast_for", "pick_device", "plain_attention_on_cpu", "store_products_in"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -51,3 +51,14 @@ def plain_attention_on_cpu(model: nn.Module, device: torch.device) -> None:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
+
+
+def store_products_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of all matrix products of a frozen model in the type that autocast computes them in.
+
+    The numbers stay the same, bit for bit: autocast rounds these weights on each call. Half the memory, and no rounding
+    at each step. Norms, layer scales and position embeddings stay in float32, and with them the residual stream.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)

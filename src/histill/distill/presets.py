@@ -10,7 +10,7 @@ __all__ = ["PRESETS"]
 # The paper's architecture with DINOv2's recipe. The paper does not state its temperatures, learning rate, batch and
 # length: these are DINOv2's or ours, never "the paper's".
 H0_MINI = DistillConfig(
-    student="h0-mini",
+    student=("h0-mini",),
     batch_tiles=64,  # ten crops a tile: about what a ViT-B/14 in bfloat16 fits into 80 GB (by reckoning, not measured)
     views=ViewConfig(global_px=224, local_px=98),
     objective=ObjectiveConfig(fit_tiles=524_288),  # 65,536 class prototypes on a set of that size
@@ -20,7 +20,7 @@ H0_MINI = DistillConfig(
 # between class tokens, and KoLeo, keep these from drawing together. One crop a tile, so that the teacher, which is
 # most of the work, sees each tile once a step.
 TOKENS = DistillConfig(
-    student="vit-small",
+    student=("vit-small",),
     init="auto",
     batch_tiles=64,
     views=ViewConfig(n_global=1, n_local=0, teacher_view="clean"),
@@ -33,7 +33,7 @@ TOKENS = DistillConfig(
 
 # DINO + iBOT on prototypes, sized for 2 cores: small crops, few local ones, narrow heads.
 CPU = DistillConfig(
-    student="vit-tiny",
+    student=("vit-tiny",),
     init="auto",
     batch_tiles=32,
     views=ViewConfig(n_global=2, n_local=2, teacher_view="clean"),

@@ -74,19 +74,18 @@ class TrainingProgress:
     ) -> None:
         self._bar.__exit__(kind, value, trace)
 
-    def update(self, step: int, loss: float, tiles: int, watch: Stopwatch) -> None:
-        """Show that ``step`` is done."""
+    def update(self, step: int, losses: dict[str, float], tiles: int, watch: Stopwatch) -> None:
+        """Show that ``step`` is done; ``losses`` by student."""
         self._tiles += tiles
         now = time.monotonic()
         tiles_per_s = self._tiles / (now - self._started)
         parts = " ".join(f"{name} {share:.0%}" for name, share in watch.shares().items())
-        self._bar.update(
-            self._task, completed=step + 1, rate=f"{tiles_per_s:.0f} tiles/s  loss {loss:.3f}", shares=parts
-        )
+        loss = " ".join(f"{loss:.4f}" for loss in losses.values())
+        self._bar.update(self._task, completed=step + 1, rate=f"{tiles_per_s:.0f} tiles/s  loss {loss}", shares=parts)
         if not self._console.is_terminal and now - self._logged >= _LOG_SECONDS:
             self._logged = now
             left = (now - self._started) / (step + 1 - self._first_step) * (self._steps - step - 1)
             self._console.print(
-                f"step {step + 1}/{self._steps}  loss {loss:.4f}  {tiles_per_s:.0f} tiles/s  "
+                f"step {step + 1}/{self._steps}  loss {loss}  {tiles_per_s:.0f} tiles/s  "
                 f"ETA {left / 60:.0f} min  {parts}"
             )

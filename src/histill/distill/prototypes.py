@@ -13,10 +13,13 @@ import torch.nn.functional as F
 
 from histill.errors import DataError
 
-__all__ = ["prototype_count", "spherical_kmeans"]
+__all__ = ["Collective", "prototype_count", "spherical_kmeans"]
 
 SMALLEST, LARGEST = 64, 131_072
 _CHUNK_ROWS = 8192
+
+Collective = Callable[[torch.Tensor], torch.Tensor]
+"""A tensor of this rank -> one of all ranks."""
 
 
 def prototype_count(wanted: float, *, most: int) -> int:
@@ -27,28 +30,32 @@ def prototype_count(wanted: float, *, most: int) -> int:
 def spherical_kmeans(
     tokens_MD: torch.Tensor,
     count: int,
+    lots_M: torch.Tensor,
     *,
-    seed: int,
     iterations: int = 20,
-    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    reduce: Collective | None = None,
+    gather: Collective | None = None,
 ) -> torch.Tensor:
     """Unit vectors that the tokens gather around, by cosine (Dhillon and Modha, *Concept decompositions*, 2001).
 
     Each iteration streams over the tokens in chunks and needs memory for one chunk's scores only. A prototype to
-    which no token belongs starts anew at the token that fits its own prototype worst.
+    which no token belongs starts anew at the token that fits its own prototype worst. However the tokens are spread
+    over ranks, the prototypes are the same.
 
     Parameters
     ----------
     tokens_MD
-        Standardised tokens, (M, D).
+        Standardised tokens of this rank, (M, D).
     count
-        Number of prototypes K; at most M.
-    seed
-        Seed of the start (tokens drawn without replacement).
+        Number of prototypes K; at most the tokens of all ranks.
+    lots_M
+        A random number of each token, (M,) float64: the tokens with the lowest are the start.
     iterations
         Most iterations; it stops earlier when no token moves.
     reduce
-        Sum of a tensor over the ranks, each of which holds other tokens; they start from the sum of their draws.
+        Sum of a tensor over the ranks; None with one rank.
+    gather
+        Rows of all ranks, one below the other; None with one rank.
 
     Returns
     -------
@@ -60,7 +67,8 @@ def spherical_kmeans(
     DataError
         With fewer tokens than prototypes.
     """
-    rows = tokens_MD.shape[0]
+    reduce, gather = reduce or _alone, gather or _alone
+    rows = int(reduce(torch.tensor([tokens_MD.shape[0]], device=tokens_MD.device)))
     if rows < count:
         raise DataError(
             "there are fewer tokens than prototypes",
@@ -68,22 +76,27 @@ def spherical_kmeans(
             remedy="use more tiles, or fewer prototypes (--objective.cls-prototypes, --objective.patch-prototypes)",
         )
     unit_MD = F.normalize(tokens_MD.float(), dim=-1)
-    generator = torch.Generator().manual_seed(seed)
-    start_K = torch.randperm(rows, generator=generator)[:count].to(unit_MD.device)
-    prototypes_KD = unit_MD[start_K].clone()
-    if reduce is not None:
-        prototypes_KD = F.normalize(reduce(prototypes_KD), dim=-1)
-    assigned_M = torch.full((rows,), -1, device=unit_MD.device)
+    prototypes_KD = _lowest(lots_M.to(unit_MD.device), unit_MD, count, gather)
+    assigned_M = torch.full((len(unit_MD),), -1, device=unit_MD.device)
     for _ in range(iterations):
         best_M, now_M = _assign(unit_MD, prototypes_KD)
-        moved = (now_M != assigned_M).sum()
+        moved = reduce((now_M != assigned_M).sum().view(1))
         assigned_M = now_M
-        prototypes_KD, dead = _move(unit_MD, assigned_M, best_M, count, reduce)
-        if reduce is not None:
-            moved = reduce(moved)
+        prototypes_KD, dead = _move(unit_MD, assigned_M, best_M, count, reduce, gather)
         if not dead and int(moved) == 0:
             break
     return prototypes_KD
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _lowest(keys_M: torch.Tensor, rows_MD: torch.Tensor, count: int, gather: Collective) -> torch.Tensor:
+    """The rows of the ``count`` lowest keys over all ranks, (count, D), in the order of keys."""
+    own = keys_M.argsort(stable=True)[:count]
+    keys_A, rows_AD = gather(keys_M[own]), gather(rows_MD[own])
+    return rows_AD[keys_A.argsort(stable=True)[:count]].clone()
 
 
 def _move(
@@ -91,21 +104,20 @@ def _move(
     assigned_M: torch.Tensor,
     best_M: torch.Tensor,
     count: int,
-    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    reduce: Collective,
+    gather: Collective,
 ) -> tuple[torch.Tensor, int]:
     """Prototypes (K, D) at the directions of their tokens, and how many had none and start anew."""
-    sums_KD = torch.zeros(count, unit_MD.shape[1], device=unit_MD.device).index_add_(0, assigned_M, unit_MD)
-    counts_K = torch.bincount(assigned_M, minlength=count).float()
-    if reduce is not None:
-        sums_KD, counts_K = reduce(sums_KD), reduce(counts_K)
-    prototypes_KD = F.normalize(sums_KD, dim=-1)
+    # Summed in float64: the order of summation, which differs between one rank and several, then leaves no trace.
+    sums_KD = torch.zeros(count, unit_MD.shape[1], device=unit_MD.device, dtype=torch.float64)
+    for chunk, unit_CD in enumerate(unit_MD.split(_CHUNK_ROWS)):
+        sums_KD.index_add_(0, assigned_M[chunk * _CHUNK_ROWS :][: len(unit_CD)], unit_CD.double())
+    sums_KD = reduce(sums_KD)
+    counts_K = reduce(torch.bincount(assigned_M, minlength=count).double())
+    prototypes_KD = F.normalize(sums_KD, dim=-1).float()
     dead_K = (counts_K == 0).nonzero().squeeze(1)
     if len(dead_K):
-        # The worst-fitted tokens of this rank; ranks add up their proposals, so that all stay equal.
-        fresh_KD = unit_MD[best_M.argsort()[: len(dead_K)]]
-        if reduce is not None:
-            fresh_KD = reduce(fresh_KD.clone())
-        prototypes_KD[dead_K] = F.normalize(fresh_KD, dim=-1)
+        prototypes_KD[dead_K] = _lowest(best_M, unit_MD, len(dead_K), gather)
     return prototypes_KD, len(dead_K)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from histill import files
 from histill.errors import MissingExtraError, RunError
@@ -58,16 +58,19 @@ def one_process(folder: Path) -> Iterator[None]:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, each step once.
+    """``metrics.jsonl``: one JSON object a line, each step once; written by the first rank.
 
     Opening it for a run that goes on from ``first_step`` drops the rows of later steps, which will come again.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        self._path, self._first_step = folder / "metrics.jsonl", first_step
-        self._board = require_tensorboard()(str(folder / "tensorboard")) if tensorboard else None
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool, *, writes: bool = True) -> None:
+        self._path, self._first_step, self._writes = folder / "metrics.jsonl", first_step, writes
+        self._file: TextIO | None = None
+        self._board = require_tensorboard()(str(folder / "tensorboard")) if tensorboard and writes else None
 
     def __enter__(self) -> MetricsLog:
+        if not self._writes:
+            return self
         kept = [line for line in read_rows(self._path) if line["step"] < self._first_step]
         files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
@@ -76,12 +79,15 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it has a ``step``."""
+        """Append one row; it has a ``step``. Only the first rank writes."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:

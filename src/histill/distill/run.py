@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
 
 from histill import __version__, distributed, files
 from histill import config as configs
 from histill.distill import checkpoint
 from histill.distill.checking import retentions
 from histill.distill.config import DistillConfig
-from histill.distill.loop import LEAST_TILES, step_batches, train, train_step
+from histill.distill.learner import Learner
+from histill.distill.loop import step_batches, train
 from histill.distill.parts import Parts, build, untrained_student
 from histill.distill.progress import Stopwatch
 from histill.distill.record import Stop, one_process, read_rows, require_tensorboard
+from histill.distill.share import StepShare
+from histill.distill.step import train_step
+from histill.distributed import Ranks
 from histill.errors import RunError
 from histill.models import STUDENTS
-from histill.models.bundle import teacher_record, write_bundle
+from histill.models.bundle import write_bundle
 from histill.models.card import licence_notice
+from histill.models.encoder import Encoder
 from histill.tiles.online import OnlineTiles, online_notice
 
 __all__ = ["distill"]
@@ -54,19 +62,21 @@ def distill(config: DistillConfig, *, console: Console | None = None) -> dict[st
     """
     config.require_complete()
     assert config.out is not None
-    console = console or Console(stderr=True)
-    if distributed.join().world > 1:
-        raise RunError("a run on several processes is not built yet", remedy="start it without torchrun")
+    ranks = distributed.join()
+    console = console or Console(stderr=True, quiet=not ranks.first)
     if config.tensorboard:
         require_tensorboard()
-    with one_process(config.out), Stop().listening() as stop:
-        _claim(config, config.out)
+    with distributed.others_may_end(ranks), Stop().listening() as stop, ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(one_process(config.out))
+            _claim(config, config.out)
+        ranks.wait()
         summary = config.out / "summary.json"
-        if summary.exists():
+        if ranks.gather_json(summary.exists())[0]:
             console.print(f"{config.out} is finished already")
             finished: dict[str, Any] = files.read_json(summary)
             return finished
-        return _Run(config, config.out, console, stop).go()
+        return _Run(config, config.out, console, stop, ranks).go()
 
 
 def _claim(config: DistillConfig, folder: Path) -> None:
@@ -85,43 +95,56 @@ def _claim(config: DistillConfig, folder: Path) -> None:
                 remedy="give another --out, or the settings of that run",
             )
         # A run that never got as far as its plan (a wrong path, say) has nothing to lose, and its statistics are stale.
-        for name in ("teacher_statistics.safetensors", "baseline.json"):
-            (folder / name).unlink(missing_ok=True)
+        for stale in (*folder.glob("teacher_statistics*.safetensors"), *folder.rglob("baseline.json")):
+            stale.unlink()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     configs.save(config, path)
 
 
 class _Run:
-    def __init__(self, config: DistillConfig, folder: Path, console: Console, stop: Stop) -> None:
-        self.folder, self.console, self.stop = folder, console, stop
+    def __init__(self, config: DistillConfig, folder: Path, console: Console, stop: Stop, ranks: Ranks) -> None:
+        self.folder, self.console, self.stop, self.ranks = folder, console, stop, ranks
         self.started = time.monotonic()
-        console.print(f"teacher {config.teacher}, student {config.student}", highlight=False)
+        console.print(
+            f"teacher {', '.join(config.teacher)}, student {', '.join(config.student)}"
+            + (f", {ranks.world} processes" if ranks.world > 1 else ""),
+            highlight=False,
+        )
         # A checkpoint without a plan is what a measurement left.
-        self.newest = checkpoint.latest(folder / "checkpoints") if (folder / "plan.json").exists() else None
-        self.parts = build(config, folder / "teacher_statistics.safetensors", fresh=self.newest is None)
-        notice = licence_notice(teacher_record(self.parts.teacher.encoder))
-        if notice:
-            console.print(f"[bold yellow]{notice}[/]")
+        newest = checkpoint.latest(folder / "checkpoints") if (folder / "plan.json").exists() else None
+        (name,) = set(ranks.gather_json(newest.name if newest else None))
+        self.newest = None if name is None else folder / "checkpoints" / name
+        self.parts = build(config, folder, ranks=ranks, fresh=self.newest is None)
+        for record in self.parts.teacher_records:
+            notice = licence_notice(record)
+            if notice:
+                console.print(f"[bold yellow]{notice}[/]")
         if isinstance(self.parts.source, OnlineTiles):
             console.print(f"[bold yellow]{online_notice(self.parts.source)}[/]")
         for note in self.parts.checker.notes():
             console.print(f"note: {note}", highlight=False)
-        self.baseline: dict[str, Any] = {}
+        self.baselines: dict[str, dict[str, Any]] = {}
 
     def go(self) -> dict[str, Any] | None:
         parts = self.parts
         views = parts.config.views
-        self.console.print(f"start of the student: {parts.init}", highlight=False)
+        for learner in parts.learners:
+            name = f"{learner.name}: " if len(parts.learners) > 1 else ""
+            self.console.print(f"{name}start of the student: {learner.init}", highlight=False)
         self.console.print(
             f"{len(parts.source)} tiles ({parts.source.held_out} held out as test tiles), "
             f"{views.n_global} x {views.global_px} px + {views.n_local} x {views.local_px} px views"
         )
-        if parts.init.startswith("random, since"):
+        for labelled in parts.labelled:
+            self.console.print(f"labelled: {labelled.name}, {len(labelled.source)} tiles", highlight=False)
+        if any(learner.init.startswith("random, since") for learner in parts.learners):
             self.console.print("note: from random weights a higher --optimiser.base-lr (4e-3) may learn faster")
-        self.baseline = self._baseline()
+        self.baselines = {learner.name: self._baseline(learner) for learner in parts.learners}
         first_step = 0
         if self.newest is not None:
-            first_step = checkpoint.load(self.newest, parts.modules, parts.optimiser)
+            first_step, failed = checkpoint.load(self.newest, parts.state)
+            for learner in parts.learners:
+                learner.failed = failed.get(learner.name)
             self.console.print(f"going on from step {first_step}")
         plan = self._plan()
         next_step = train(
@@ -139,36 +162,54 @@ class _Run:
             return None
         return self._finish(plan)
 
-    def _baseline(self) -> dict[str, Any]:
-        """Scores of the teacher, an untrained student and the student's start: measured once, kept in the folder."""
-        path = self.folder / "baseline.json"
-        if path.exists():
-            stored: dict[str, Any] = files.read_json(path)
+    def _write(self, path: Path, values: dict[str, Any]) -> None:
+        """Write a file of the run; the first rank does."""
+        if self.ranks.first:
+            files.write_json(path, values)
+        self.ranks.wait()
+
+    def _shared(self, path: Path) -> dict[str, Any] | None:
+        """A file of the run, if the first rank sees one."""
+        found: dict[str, Any] | None = files.read_json(path) if self.ranks.first and path.exists() else None
+        shared: dict[str, Any] | None = self.ranks.gather_json(found)[0]
+        return shared
+
+    def _baseline(self, learner: Learner) -> dict[str, Any]:
+        """Scores of teachers, an untrained student and the student's start: measured once, kept in the folder."""
+        path = learner.folder / "baseline.json"
+        stored = self._shared(path)
+        if stored is not None:
             return stored
-        checker = self.parts.checker
+        checker, teachers = self.parts.checker, self.parts.teachers
         before = time.monotonic()
-        untrained = checker.scores(untrained_student(self.parts))
+        untrained = checker.scores(untrained_student(self.parts, learner))
         check_seconds = time.monotonic() - before
+        earlier = next(iter(self.baselines.values()), None)
+        scores = (
+            earlier["teachers"] if earlier else {each.encoder.name: checker.scores(each.encoder) for each in teachers}
+        )
         measured = {
-            "teacher": checker.scores(self.parts.teacher.encoder),
+            "teacher": scores[teachers[0].encoder.name],
+            "teachers": scores,
             "untrained": untrained,
-            "start": untrained if self.parts.init == "random" else checker.scores(self.parts.average),
+            "start": untrained if learner.init == "random" else checker.scores(learner.product()),
             "check_seconds": check_seconds,
         }
-        files.write_json(path, measured)
+        self._write(path, measured)
         return measured
 
     def _plan(self) -> dict[str, Any]:
         """The length of the run in steps and all else that is fixed at its start; kept in the run folder."""
         path = self.folder / "plan.json"
         parts, config = self.parts, self.parts.config
-        fingerprint, teacher_hash = parts.source.fingerprint(), parts.teacher.encoder.content_hash()
-        tables = parts.checker.fingerprint()
-        if path.exists():
-            plan: dict[str, Any] = files.read_json(path)
+        fingerprint, tables = parts.source.fingerprint(), parts.checker.fingerprint()
+        teacher_hash = " ".join(record["content_hash"] for record in parts.teacher_records)
+        known = self._shared(path)
+        if known is not None:
+            plan = known
             for what, where, now, then in (
                 ("tiles have", parts.source.root, fingerprint, plan["tiles_fingerprint"]),
-                ("teacher's weights have", config.teacher, teacher_hash, plan["teacher_hash"]),
+                ("teacher's weights have", ", ".join(config.teacher), teacher_hash, plan["teacher_hash"]),
                 ("tables of the checks have", "--checks.tables", tables, plan["tables_fingerprint"]),
             ):
                 if now != then:
@@ -183,13 +224,15 @@ class _Run:
         if config.minutes:
             step_seconds = self._measure()
             # Each check takes its time; with --checks.every-steps there are left / (every * step) of them.
-            every, check_seconds = config.checks.every_steps, self.baseline["check_seconds"]
+            every = config.checks.every_steps
+            check_seconds = sum(baseline["check_seconds"] for baseline in self.baselines.values())
             left = 60 * config.minutes - (time.monotonic() - self.started) - check_seconds
             left -= 0 if every else (_CHECKS - 1) * check_seconds
             steps = int(left / (step_seconds + (check_seconds / every if every else 0.0)))
             if steps < 1:
                 steps = 1
                 self.console.print("note: setting up took all of --minutes; the run is one step long")
+            steps = self.ranks.gather_json(steps)[0]
             self.console.print(f"{config.minutes:g} minutes are {steps} steps of {step_seconds:.2f} s")
         plan = {
             "steps": steps,
@@ -202,105 +245,156 @@ class _Run:
             "tables_fingerprint": tables,
             "global_px": config.views.global_px,
             "local_px": config.views.local_px,
-            "cls_prototypes": _rows(parts.teacher.cls_prototypes_KE),
-            "patch_prototypes": _rows(parts.teacher.patch_prototypes_KE),
+            "cls_prototypes": _rows(parts.teachers[0].cls_prototypes_KE),
+            "patch_prototypes": _rows(parts.teachers[0].patch_prototypes_KE),
             "autocast": str(parts.autocast.fast_dtype)
             if parts.autocast.fast_dtype and parts.autocast._enabled
             else "off",
-            "init": parts.init,
+            "init": ", ".join(learner.init for learner in parts.learners),
             "device": str(parts.device),
+            "processes": self.ranks.world,
             "histill": __version__,
         }
-        files.write_json(path, plan)
+        self._write(path, plan)
         return plan
 
     def _measure(self) -> float:
         """Seconds a step, over some real steps from which the run then goes back to its start."""
         parts = self.parts
-        start = checkpoint.save(self.folder / "checkpoints", 0, parts.modules, parts.optimiser, keep=1)
+        folder = self.folder / "checkpoints"
+        start = checkpoint.save(folder, 0, parts.state, keep=1, ranks=self.ranks)
         steps = _WARM_STEPS + _TIMED_STEPS
         began = 0.0
         with closing(step_batches(parts, 0, steps)) as stream:
-            for step, batch in enumerate(stream):
+            for step, (batch, labelled) in enumerate(stream):
                 if step == _WARM_STEPS:
                     began = time.monotonic()
-                if len(batch.positions_B) >= LEAST_TILES:
-                    train_step(parts, batch, step, steps, Stopwatch(parts.device))
+                share = StepShare.agreed(parts, batch, labelled, asked=False, due=False)
+                if share.enough:
+                    train_step(parts, batch, labelled, share, step, steps, Stopwatch(parts.device))
         seconds = (time.monotonic() - began) / _TIMED_STEPS
-        checkpoint.load(start, parts.modules, parts.optimiser)
+        checkpoint.load(start, parts.state)
+        for learner in parts.learners:
+            learner.failed = None
         return seconds
 
-    def _check(self, step: int) -> dict[str, Any]:
-        """What is looked at during the run and at its end, shown in a line."""
-        parts = self.parts
-        agreement, warning = parts.checker.agreement(parts.average, parts.teacher.encoder)
-        scores = parts.checker.scores(parts.average)
-        kept = retentions(scores, self.baseline["teacher"], self.baseline["untrained"])
+    def _check(self, step: int) -> dict[str, dict[str, Any]]:
+        """What is looked at during the run and at its end, for each student, shown in a line."""
+        return {learner.name: self._check_of(learner, step) for learner in self.parts.alive}
+
+    def _check_of(self, learner: Learner, step: int) -> dict[str, Any]:
+        checker, product, baseline = self.parts.checker, learner.product(), self.baselines[learner.name]
+        looked = {each.encoder.name: checker.agreement(product, each.encoder) for each in self.parts.teachers}
+        agreement, warning = next(iter(looked.values()))
+        scores = checker.scores(product)
+        kept = retentions(scores, baseline["teacher"], baseline["untrained"])
         shown = [f"CKA {agreement['cka']:.3f}", f"rank {agreement['student_rank']:.0f}/{agreement['teacher_rank']:.0f}"]
+        shown += [f"CKA {found['cka']:.3f} with {name}" for name, (found, _) in list(looked.items())[1:]]
         shown += [
             f"{table} {metric} {value:.0%}" for table, metrics in kept.items() for metric, value in metrics.items()
         ]
-        self.console.print(f"after {step} steps: " + ", ".join(shown), highlight=False)
+        name = f"{learner.name}, " if len(self.parts.learners) > 1 else ""
+        self.console.print(f"{name}after {step} steps: " + ", ".join(shown), highlight=False)
         if warning:
             self.console.print(f"[bold red]COLLAPSE: {warning}[/]")
-        return {"agreement": agreement, "scores": scores, "retention": kept, "warning": warning}
+        return {
+            "agreement": agreement,
+            "agreements": {name: found for name, (found, _) in looked.items()},
+            "scores": scores,
+            "retention": kept,
+            "warning": warning,
+        }
 
     def _finish(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Write each student's bundle and summary; the run's own summary comes last, and says that it is finished."""
         parts = self.parts
         final = self._check(plan["steps"])
-        rows = read_rows(self.folder / "metrics.jsonl")
+        products = {learner.name: learner.product() for learner in parts.alive}
+        heads = {learner.name: learner.heads() for learner in parts.alive}
+        written: dict[str, Any] = {}
+        if self.ranks.first:
+            for learner in parts.alive:
+                summary = self._summary(learner, final[learner.name], plan)
+                written[learner.name] = summary
+                write_student(parts, learner, products[learner.name], heads[learner.name], summary)
+                if len(parts.learners) > 1:
+                    files.write_json(learner.folder / "summary.json", summary)
+                self.console.print(f"student written to {learner.folder / 'student'}")
+            unreadable = {path for summary in written.values() for path in summary["unreadable"]}
+            if unreadable:
+                self.console.print(f"{len(unreadable)} tiles could not be read: " + ", ".join(sorted(unreadable)[:5]))
+            failed = {learner.name: learner.failed for learner in parts.learners if learner.failed}
+            whole = {"students": written, "failed": failed, "plan": plan}
+            files.write_json(
+                self.folder / "summary.json", whole if len(parts.learners) > 1 else written[parts.learners[0].name]
+            )
+        self.ranks.wait()
+        result: dict[str, Any] = files.read_json(self.folder / "summary.json")
+        return result
+
+    def _summary(self, learner: Learner, final: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+        rows = read_rows(learner.folder / "metrics.jsonl")
         unreadable = {path: reason for row in rows for path, reason in row.get("unreadable", {}).items()}
         rows = [row for row in rows if "loss" in row]
         seconds = {name: sum(row["seconds"][name] for row in rows) for name in rows[-1]["seconds"]}
-        summary = {
+        baseline = self.baselines[learner.name]
+        return {
             "steps": plan["steps"],
             "tiles_seen": sum(row["tiles"] for row in rows),
             "seconds": round(sum(seconds.values()), 1),
             "shares": {name: round(part / sum(seconds.values()), 4) for name, part in seconds.items()},
             "last_losses": {key: value for key, value in rows[-1].items() if isinstance(value, float)},
-            "teacher": self.baseline["teacher"],
-            "untrained": self.baseline["untrained"],
-            "start": self.baseline["start"],
+            "teacher": baseline["teacher"],
+            "teachers": baseline["teachers"],
+            "untrained": baseline["untrained"],
+            "start": baseline["start"],
             "student": final["scores"],
             "retention": final["retention"],
             "agreement": final["agreement"],
+            "agreements": final["agreements"],
             "warning": final["warning"],
             "unreadable": unreadable,
             "plan": plan,
         }
-        write_student(parts, self.folder / "student", summary)
-        files.write_json(self.folder / "summary.json", summary)
-        if unreadable:
-            self.console.print(f"{len(unreadable)} tiles could not be read: " + ", ".join(list(unreadable)[:5]))
-        self.console.print(f"student written to {self.folder / 'student'}")
-        return summary
 
 
 def _rows(tensor: Any) -> int | None:
     return None if tensor is None else len(tensor)
 
 
-def write_student(parts: Parts, folder: Path, summary: dict[str, Any]) -> None:
-    """Write the moving average as a model bundle, with its provenance."""
-    encoder = parts.teacher.encoder
+def write_student(
+    parts: Parts, learner: Learner, product: Encoder, heads: dict[str, Tensor], summary: dict[str, Any]
+) -> None:
+    """Write the moving average as a model bundle, with its provenance, and the heads of labelled sets beside it."""
+    folder = learner.folder / "student"
     metrics = {
         f"{table}: {metric}{suffix}": value
         for key, suffix in (("student", ""), ("retention", ", retention"))
         for table, values in summary[key].items()
         for metric, value in values.items()
     }
+    first, *further = parts.teacher_records
     write_bundle(
         folder,
-        parts.average.model,
-        STUDENTS[parts.config.student],
-        mean=encoder.mean,
-        std=encoder.std,
+        product.model,
+        STUDENTS[learner.name],
+        mean=product.mean,
+        std=product.std,
         input_px=parts.config.views.global_px,
         provenance={
-            "teacher": teacher_record(encoder),
+            "teacher": first,
+            **({"further_teachers": further} if further else {}),
             "config": configs.to_dict(parts.config),
             "data": {"tiles": summary["plan"]["tiles"], "fingerprint": summary["plan"]["tiles_fingerprint"]},
             "steps": summary["steps"],
             "metrics": metrics | summary["agreement"],
         },
     )
+    if parts.labelled:
+        tensors = {key: value.cpu().contiguous() for key, value in heads.items()}
+        named = {
+            each.name: {"column": each.task.column, "classes": each.classes, "mean_std": each.mean_std}
+            for each in parts.labelled
+        }
+        with files.atomic_path(folder / "labelled_heads.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"sets": json.dumps(named)})

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,18 +23,19 @@ from torch import nn
 from histill import files
 from histill.distill.config import ObjectiveConfig
 from histill.distill.heads import PrototypeHead
-from histill.distill.prototypes import prototype_count, spherical_kmeans
+from histill.distill.prototypes import Collective, prototype_count, spherical_kmeans
 from histill.distill.standardise import Moments, Standardiser
 from histill.errors import ModelError, RunError
 from histill.models.encoder import Encoder
-from histill.tiles.order import mix
+from histill.tiles.order import uniforms
 
-__all__ = ["Targets", "Teacher"]
+__all__ = ["FitStep", "Targets", "Teacher"]
 
 _CLS_TILES_PER_PROTOTYPE = 8
 _PATCH_TOKENS_PER_PROTOTYPE = 256
 _SAMPLE_TOKENS_PER_PROTOTYPE, _LEAST_TOKENS_PER_PROTOTYPE = 128, 32
 _SAMPLE_BYTES = 2**32
+_LOTS = 0xF17  # stream of the draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,18 @@ class Targets:
     """What the class prototypes score: class scores = cls_scores_ME @ cls_prototypes.T."""
     patch_scores_MHWE: torch.Tensor | None
     """What the patch prototypes score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitStep:
+    """What the fitting pass needs to know beside the tiles."""
+
+    autocast: torch.autocast
+    """Precision of the teacher."""
+    reduce: Collective
+    """Sum of a tensor over the ranks."""
+    gather: Collective
+    """Rows of all ranks, one below the other."""
 
 
 class Teacher(nn.Module):
@@ -116,31 +131,35 @@ class Teacher(nn.Module):
             return Targets(cls_MD, patches_MHWD, F.normalize(cls_MD, dim=-1), F.normalize(patches_MHWD, dim=-1))
 
     @torch.no_grad()
-    def fit(self, crops: Iterable[torch.Tensor], tiles: int, seed: int, autocast: torch.autocast) -> None:
+    def fit(
+        self, crops: Iterable[tuple[NDArray[np.int64], torch.Tensor]], tiles: int, seed: int, step: FitStep
+    ) -> None:
         """Fit the statistics and the prototypes in one pass over crops of some tiles.
 
         Moments are taken of every token. The tokens for k-means are a sample, of at most 4 GiB for patches; the numbers
-        of prototypes, where they are automatic, follow from the size of the samples.
+        of prototypes, where they are automatic, follow from the size of the samples. Nothing depends on how the tiles
+        are spread over ranks.
 
         Parameters
         ----------
         crops
-            Batches of float images, (B, 3, H, W) in 0..1; they come from ``tiles`` tiles in all.
+            Batches of this rank: positions (B,) and float images, (B, 3, H, W) in 0..1; over all ranks they come from
+            ``tiles`` tiles.
         tiles
             Number of tiles that ``crops`` is drawn from.
         seed
             Seed of the sample and of k-means.
-        autocast
-            Precision of the teacher.
+        step
+            Precision of the teacher, and the collectives.
         """
         grid_tokens = (self.image_px // self.encoder.patch_px) ** 2
         wanted = self.config.patch_prototypes or tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE
         largest = min(_SAMPLE_BYTES / (4 * self.encoder.embed_dim), _SAMPLE_TOKENS_PER_PROTOTYPE * wanted)
         per_tile = min(grid_tokens, max(1, math.ceil(largest / tiles)))
         cls_moments, patch_moments = Moments(self.encoder.embed_dim), Moments(self.encoder.embed_dim)
-        cls_sample, patch_sample = [], []
-        for number, images_BCHW in enumerate(crops):
-            with autocast:
+        cls_sample, patch_sample = _Sample(self.encoder.embed_dim), _Sample(self.encoder.embed_dim)
+        for positions_B, images_BCHW in crops:
+            with step.autocast:
                 cls_BD, patches_BHWD = self.tokens(images_BCHW)
             patches_BND = patches_BHWD.flatten(1, 2)
             if not (torch.isfinite(cls_BD).all() and torch.isfinite(patches_BND).all()):
@@ -149,26 +168,27 @@ class Teacher(nn.Module):
                 )
             cls_moments.add(cls_BD)
             patch_moments.add(patches_BND.flatten(0, 1))
-            generator = torch.Generator().manual_seed(int(mix(seed, 0xF17, number) >> 1))
-            chosen_BN = torch.rand(patches_BND.shape[:2], generator=generator).argsort(1)[:, :per_tile]
-            rows_B1 = torch.arange(len(patches_BND), device=patches_BND.device)[:, None]
-            cls_sample.append(cls_BD.float())
-            patch_sample.append(patches_BND[rows_B1, chosen_BN.to(patches_BND.device)].float().flatten(0, 1))
-        self.cls_standardiser.fit(cls_moments)
-        self.patch_standardiser.fit(patch_moments)
+            lots_BN = uniforms(seed, _LOTS, positions_B, grid_tokens + 1)
+            cls_sample.add(cls_BD, lots_BN[:, -1])
+            chosen_BN = lots_BN[:, :-1].argsort(axis=1)[:, :per_tile]
+            rows_B1 = np.arange(len(positions_B))[:, None]
+            patch_sample.add(
+                patches_BND[torch.from_numpy(rows_B1), torch.from_numpy(chosen_BN)].flatten(0, 1),
+                lots_BN[rows_B1, chosen_BN].ravel(),
+            )
+        self.cls_standardiser.fit(cls_moments.reduced(step.reduce))
+        self.patch_standardiser.fit(patch_moments.reduced(step.reduce))
         if self.config.teacher_head != "prototypes":
             return
         if self.config.dino:
-            cls_MD = self.cls_standardiser(torch.cat(cls_sample))
-            count = self.config.cls_prototypes or prototype_count(
-                len(cls_MD) / _CLS_TILES_PER_PROTOTYPE, most=len(cls_MD)
-            )
-            self.cls_prototypes_KE = spherical_kmeans(cls_MD, count, seed=seed)
+            total = cls_sample.total(step.reduce)
+            count = self.config.cls_prototypes or prototype_count(total / _CLS_TILES_PER_PROTOTYPE, most=total)
+            self.cls_prototypes_KE = cls_sample.prototypes(self.cls_standardiser, count, step)
         if self.config.ibot:
-            patches_MD = self.patch_standardiser(torch.cat(patch_sample))
-            wanted = min(wanted, len(patches_MD) / _LEAST_TOKENS_PER_PROTOTYPE)
-            count = self.config.patch_prototypes or prototype_count(wanted, most=len(patches_MD))
-            self.patch_prototypes_KE = spherical_kmeans(patches_MD, count, seed=seed)
+            total = patch_sample.total(step.reduce)
+            wanted = min(wanted, total / _LEAST_TOKENS_PER_PROTOTYPE)
+            count = self.config.patch_prototypes or prototype_count(wanted, most=total)
+            self.patch_prototypes_KE = patch_sample.prototypes(self.patch_standardiser, count, step)
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Standardisers and prototypes: all that the run adds to the teacher. Never the teacher's weights."""
@@ -204,6 +224,27 @@ class Teacher(nn.Module):
                 got=error,
                 remedy="start the run anew in another folder",
             ) from None
+
+
+class _Sample:
+    """Tokens for k-means, with a random number of each."""
+
+    def __init__(self, channels: int) -> None:
+        self._tokens, self._lots = [torch.zeros(0, channels)], [np.zeros(0)]
+
+    def add(self, tokens_MD: torch.Tensor, lots_M: NDArray[np.float64]) -> None:
+        self._tokens.append(tokens_MD.float())
+        self._lots.append(lots_M)
+
+    def total(self, reduce: Collective) -> int:
+        """Tokens of all ranks."""
+        return int(reduce(torch.tensor([sum(map(len, self._lots))], device=self._tokens[-1].device)))
+
+    def prototypes(self, standardiser: Standardiser, count: int, step: FitStep) -> torch.Tensor:
+        device = self._tokens[-1].device
+        tokens_MD = standardiser(torch.cat([tokens.to(device) for tokens in self._tokens]))
+        lots_M = torch.from_numpy(np.concatenate(self._lots)).to(device)
+        return spherical_kmeans(tokens_MD, count, lots_M, reduce=step.reduce, gather=step.gather)
 
 
 def _read_heads(path: Path, width: int) -> tuple[PrototypeHead, PrototypeHead]:

@@ -21,7 +21,7 @@ from histill import files
 from histill.errors import MissingExtraError, ModelError, nearest
 from histill.models.teachers import TEACHERS, TeacherSpec
 
-__all__ = ["Source", "build", "read_config", "read_record", "resolve"]
+__all__ = ["Source", "build", "build_empty", "read_config", "read_record", "resolve"]
 
 Prefix = Literal["timm", "hf-hub", "local-dir"]
 PREFIXES: tuple[Prefix, ...] = ("timm", "hf-hub", "local-dir")
@@ -48,6 +48,34 @@ def build(source: Source, *, trust_remote_code: bool = False) -> nn.Module:
     if source.prefix == "local-dir":
         return _from_folder(Path(source.target))
     return _from_timm(source)
+
+
+def build_empty(source: Source) -> nn.Module:
+    """Build the model of a source without weights, on torch's ``meta`` device: only shapes, nothing is fetched.
+
+    Raises
+    ------
+    ModelError
+        When the architecture stands only in the model's hub repository.
+    """
+    spec = source.spec
+    if source.prefix == "local-dir":
+        config = read_config(Path(source.target))
+        architecture, model_args = config["architecture"], dict(config.get("model_args") or {})
+    elif spec is not None and spec.architecture is not None:
+        architecture, model_args = spec.architecture, _with_classes(spec.model_args)
+    elif source.prefix == "timm":
+        architecture, model_args = source.target, {}
+    else:
+        raise ModelError(
+            "the architecture of this model is known only once it is downloaded",
+            got=f"{source.prefix}:{source.target}",
+            allowed="a teacher of the table with timm's architecture, timm:NAME or local-dir:FOLDER",
+        )
+    model_args |= {"num_classes": 0, "dynamic_img_size": True}
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(architecture, pretrained=False, **model_args)
+    return model
 
 
 def resolve(name: str) -> Source:

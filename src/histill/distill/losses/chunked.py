@@ -12,7 +12,7 @@ and the H x K logits that fit a budget are all that is ever held; the matrix pro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,13 @@ from histill.distill.losses.sinkhorn import (
     next_potential,
 )
 
-__all__ = ["PrototypeLoss", "chunked_prototype_loss"]
+__all__ = [
+    "BalancedTokens",
+    "PrototypeLoss",
+    "balance_tokens",
+    "balanced_prototype_loss",
+    "chunked_prototype_loss",
+]
 
 # A buffer this large keeps a CPU's caches warm, and a GPU busy. But never fewer rows than _FEWEST: below, each
 # product spends its time on reading the weights.
@@ -43,6 +49,92 @@ class PrototypeLoss:
     """Weighted mean entropy of the teacher's scores, in nats (at most log K); a scalar without a gradient."""
 
 
+@torch.no_grad()
+def balance_tokens(
+    teacher_ME: Tensor,
+    prototypes_KE: Tensor,
+    *,
+    teacher_temperature: float,
+    iterations: int = 3,
+    reduce: Reduce | None = None,
+    chunk_rows: int | None = None,
+    held_bytes: int = 2**26,
+) -> BalancedTokens:
+    """Sinkhorn's potential of each prototype over the tokens of all ranks: the first half of the loss.
+
+    It has no student in it, so that several students, or parts of a batch, share it.
+
+    Parameters
+    ----------
+    teacher_ME, prototypes_KE
+        Their products are the teacher's logits; no gradient flows into them.
+    teacher_temperature
+        Divides the logits.
+    iterations
+        Sinkhorn iterations; 0 is a plain softmax of the teacher's logits.
+    reduce
+        Sum over the ranks; None with one rank. Ranks may hold different numbers of tokens, also none.
+    chunk_rows
+        Tokens per chunk; None chooses by the number of prototypes and the device.
+    held_bytes
+        Memory for teacher logits that are then computed once, not in every stream. Values do not depend on it.
+    """
+    assert min(teacher_temperature, iterations + 1) > 0, "temperatures > 0, iterations >= 0"
+    dtype = torch.float64 if teacher_ME.dtype == torch.float64 else torch.float32
+    rows = chunk_rows or _rows(prototypes_KE.shape[0], prototypes_KE.device)
+    with torch.autocast(teacher_ME.device.type, enabled=False):
+        teacher = _teacher(teacher_ME.to(dtype), prototypes_KE.to(dtype), teacher_temperature, rows, held_bytes)
+        return BalancedTokens(teacher, _potential(teacher, iterations, reduce, rows))
+
+
+def balanced_prototype_loss(
+    student_hidden_MB: Tensor,
+    student_weight_KB: Tensor,
+    balanced: BalancedTokens,
+    weights_M: Tensor,
+    *,
+    student_temperature: float = 0.1,
+    chunk_rows: int | None = None,
+) -> PrototypeLoss:
+    """Cross-entropy of student scores with balanced teacher scores, without the logits of all tokens.
+
+    The gradients for the two student tensors are computed with the loss and held until the backward pass, which only
+    scales them (as in Hsu et al., *Liger kernel*, 2024, for language models). Products are taken in float32 (float64
+    if the teacher's are) outside autocast; on GPUs ``torch.set_float32_matmul_precision("high")`` makes them several
+    times faster.
+
+    Parameters
+    ----------
+    student_hidden_MB, student_weight_KB
+        L2-normalised outputs of the student head's bottleneck, and its weight-normalised last layer.
+    balanced
+        What :func:`balance_tokens` says of the same tokens.
+    weights_M
+        Weight of each token in the loss, see `token_weights`.
+    student_temperature
+        Divides the student's logits.
+    chunk_rows
+        Tokens per chunk; None chooses by the number of prototypes and the device.
+    """
+    teacher = balanced.teacher
+    assert student_hidden_MB.shape[0] == teacher.features_ME.shape[0] == weights_M.shape[0], "a row, a weight per token"
+    assert student_weight_KB.shape[0] == teacher.prototypes_KE.shape[0], "teacher and student share the prototypes"
+    assert student_temperature > 0, "temperatures > 0"
+    dtype = teacher.features_ME.dtype
+    rows = chunk_rows or _rows(teacher.prototypes_KE.shape[0], teacher.prototypes_KE.device)
+    with torch.autocast(teacher.features_ME.device.type, enabled=False):
+        loss, entropy = _CrossEntropy.apply(
+            student_hidden_MB.to(dtype),
+            student_weight_KB.to(dtype),
+            weights_M.detach().to(dtype),
+            teacher,
+            balanced.potential_K,
+            student_temperature,
+            rows,
+        )
+    return PrototypeLoss(loss=loss, target_entropy=entropy)
+
+
 def chunked_prototype_loss(
     student_hidden_MB: Tensor,
     student_weight_KB: Tensor,
@@ -57,51 +149,29 @@ def chunked_prototype_loss(
     chunk_rows: int | None = None,
     held_bytes: int = 2**26,
 ) -> PrototypeLoss:
-    """Cross-entropy of student scores with Sinkhorn scores of the teacher, without the logits of all tokens.
+    """Both halves at once: :func:`balance_tokens`, then :func:`balanced_prototype_loss`.
 
     Equal to `sinkhorn` of ``teacher_ME @ prototypes_KE.T``, then a weighted cross-entropy with the student's logits
-    ``student_hidden_MB @ student_weight_KB.T``. The gradients for the two student tensors are computed with the loss
-    and held until the backward pass, which only scales them (as in Hsu et al., *Liger kernel*, 2024, for language
-    models). Products are taken in float32 (float64 if the student's tensors are) outside autocast; on GPUs
-    ``torch.set_float32_matmul_precision("high")`` makes them several times faster.
-
-    Parameters
-    ----------
-    student_hidden_MB, student_weight_KB
-        L2-normalised outputs of the student head's bottleneck, and its weight-normalised last layer.
-    teacher_ME, prototypes_KE
-        Their products are the teacher's logits; no gradient flows into them.
-    weights_M
-        Weight of each token in the loss, see `token_weights`. A token of weight 0 still takes part in Sinkhorn.
-    teacher_temperature, student_temperature
-        Divide the logits.
-    iterations
-        Sinkhorn iterations; 0 is a plain softmax of the teacher's logits.
-    reduce
-        Sum over the ranks; None with one rank. Ranks may hold different numbers of tokens, also none.
-    chunk_rows
-        Tokens per chunk; None chooses by the number of prototypes and the device.
-    held_bytes
-        Memory for teacher logits that are then computed once, not in every stream. Values do not depend on it.
+    ``student_hidden_MB @ student_weight_KB.T``. A token of weight 0 still takes part in Sinkhorn.
     """
-    assert student_hidden_MB.shape[0] == teacher_ME.shape[0] == weights_M.shape[0], "one row and weight per token"
-    assert student_weight_KB.shape[0] == prototypes_KE.shape[0], "teacher and student share the prototypes"
-    assert min(teacher_temperature, student_temperature, iterations + 1) > 0, "temperatures > 0, iterations >= 0"
-    dtype = torch.float64 if student_hidden_MB.dtype == torch.float64 else torch.float32
-    rows = chunk_rows or _rows(prototypes_KE.shape[0], prototypes_KE.device)
-    with torch.autocast(teacher_ME.device.type, enabled=False):
-        teacher = _teacher(teacher_ME.to(dtype), prototypes_KE.to(dtype), teacher_temperature, rows, held_bytes)
-        potential_K = _potential(teacher, iterations, reduce, rows)
-        loss, entropy = _CrossEntropy.apply(
-            student_hidden_MB.to(dtype),
-            student_weight_KB.to(dtype),
-            weights_M.detach().to(dtype),
-            teacher,
-            potential_K,
-            student_temperature,
-            rows,
-        )
-    return PrototypeLoss(loss=loss, target_entropy=entropy)
+    exact = torch.float64 in (student_hidden_MB.dtype, teacher_ME.dtype)
+    balanced = balance_tokens(
+        teacher_ME.double() if exact else teacher_ME,
+        prototypes_KE,
+        teacher_temperature=teacher_temperature,
+        iterations=iterations,
+        reduce=reduce,
+        chunk_rows=chunk_rows,
+        held_bytes=held_bytes,
+    )
+    return balanced_prototype_loss(
+        student_hidden_MB,
+        student_weight_KB,
+        balanced,
+        weights_M,
+        student_temperature=student_temperature,
+        chunk_rows=chunk_rows,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +191,25 @@ class _Teacher:
             return torch.add(self.held_HK[chunk], potential_K, out=out_CK)
         features_CE, alpha = self.features_ME[chunk], 1.0 / self.temperature
         return torch.addmm(potential_K, features_CE, self.prototypes_KE.T, alpha=alpha, out=out_CK)
+
+
+@dataclass(frozen=True, slots=True)
+class BalancedTokens:
+    """Teacher scores of some tokens, not yet written out: logits and Sinkhorn's potential."""
+
+    teacher: _Teacher
+    potential_K: Tensor
+    """Of each prototype, float64."""
+
+    def of(self, rows_M: Tensor) -> BalancedTokens:
+        """The same scores for some of the tokens, by their numbers (int64, ascending)."""
+        teacher = self.teacher
+        held_HK = teacher.held_HK
+        all_held = held_HK.shape[0] == teacher.features_ME.shape[0]
+        part = replace(
+            teacher, features_ME=teacher.features_ME[rows_M], held_HK=held_HK[rows_M] if all_held else held_HK[:0]
+        )
+        return BalancedTokens(part, self.potential_K)
 
 
 @torch.no_grad()

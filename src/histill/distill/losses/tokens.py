@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["TokenLoss", "token_loss"]
+__all__ = ["TokenLoss", "token_loss", "token_loss_by_image"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +45,11 @@ def token_loss(prediction_MD: Tensor, target_MD: Tensor, weights_M: Tensor | Non
         smooth_l1_M = F.smooth_l1_loss(prediction_MD, target_MD, reduction="none").mean(dim=-1)
         share_M = weights_M.float() / weights_M.float().sum().clamp_min(torch.finfo(torch.float32).tiny)
         return TokenLoss(cosine=share_M @ cosine_M, smooth_l1=share_M @ smooth_l1_M)
+
+
+def token_loss_by_image(prediction_MND: Tensor, target_MND: Tensor) -> Tensor:
+    """Both parts of :func:`token_loss` added up, as a mean over each image's tokens: (M,) float32."""
+    prediction_MND, target_MND = prediction_MND.float(), target_MND.float()
+    cosine_MN = 1.0 - F.cosine_similarity(prediction_MND, target_MND, dim=-1)
+    smooth_l1_MN = F.smooth_l1_loss(prediction_MND, target_MND, reduction="none").mean(dim=-1)
+    return (cosine_MN + smooth_l1_MN).mean(dim=1)

@@ -6,19 +6,37 @@ Shapes: N crops, C = 3 colours (red, green, blue), P side of a crop, U draws per
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["COLOUR_DRAWS", "DARKEST", "STAIN_DRAWS", "apply_affine", "apply_stain", "draw_colour", "draw_stain"]
+__all__ = [
+    "COLOUR_DRAWS",
+    "DARKEST",
+    "SCANNER_DRAWS",
+    "STAIN_DRAWS",
+    "Look",
+    "add_noise",
+    "apply_affine",
+    "apply_stain",
+    "draw_colour",
+    "draw_look",
+    "draw_stain",
+    "noise_bank",
+]
 
 COLOUR_DRAWS = 4
 """Uniform draws per crop: brightness, contrast, saturation, hue."""
 
 STAIN_DRAWS = 10
 """Uniform draws per crop: two concentrations, two offsets, two directions of three numbers."""
+
+SCANNER_DRAWS = 14
+"""Uniform draws per crop: three gammas, six mixings of colours, noise: how much and four for where it is taken."""
 
 # At strength 1 each factor is drawn from 1 - x to 1 + x.
 BRIGHTNESS = 0.1
@@ -43,6 +61,15 @@ OFFSET = 0.03
 """Greatest change of the amount of a stain everywhere, optical density (base e)."""
 DIRECTION = 0.06
 """Greatest change of each component of a stain's unit vector."""
+
+GAMMA = 0.15
+"""Greatest relative change of a colour's gamma."""
+MIXING = 0.06
+"""Greatest share of another colour in a colour; what is left is its own, so that grey stays grey."""
+NOISE = 0.02
+"""Greatest standard deviation of the noise, of full light."""
+BANK_IMAGES = 8
+"""Images of noise that all crops take theirs from."""
 
 DARKEST = 1 / 255
 """Least value that has an optical density; darker pixels are taken as this."""
@@ -98,6 +125,78 @@ def draw_stain(uniform_NU: NDArray[np.float64], strength: float) -> NDArray[np.f
     matrix_N33 = changed_N33 * amounts_N3[:, None, :] @ np.linalg.inv(_basis(stains_23))
     offset_N31 = changed_N33[:, :, :2] @ (OFFSET * signed_NU[:, 2:4, None])
     return np.concatenate([matrix_N33, offset_N31], axis=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How each crop's colours are changed: three steps, of which None leaves out."""
+
+    stain_N34: NDArray[np.float64] | None
+    """Map of optical densities: stains, then the scanner's gammas."""
+    colour_N34: NDArray[np.float64] | None
+    """Map of colours: jitter, then the scanner's mixing."""
+    noise_N: NDArray[np.float64] | None
+    """Standard deviation of the noise."""
+    place_N4: NDArray[np.float64] | None
+    """Where in the bank each crop's noise stands: image, row, column, sign; each in [0, 1)."""
+
+
+def draw_look(
+    colour_NU: NDArray[np.float64],
+    stain_NU: NDArray[np.float64],
+    scanner_NU: NDArray[np.float64],
+    *,
+    colour: float,
+    stain: float,
+    scanner: float,
+) -> Look:
+    """Draw stain, colour and scanner changes of the given strengths, and merge what can be one step.
+
+    A gamma multiplies optical densities, so that it costs nothing beside the stain; a mixing of colours is one more
+    matrix beside the jitter.
+
+    Parameters
+    ----------
+    colour_NU, stain_NU, scanner_NU
+        ``COLOUR_DRAWS``, ``STAIN_DRAWS`` and ``SCANNER_DRAWS`` draws in [0, 1) for each crop.
+    colour, stain, scanner
+        Strengths; 0 leaves a change out.
+    """
+    stain_N34 = draw_stain(stain_NU, stain) if stain else None
+    colour_N34 = draw_colour(colour_NU, colour) if colour else None
+    if not scanner:
+        return Look(stain_N34, colour_N34, None, None)
+    signed_NU = scanner * (2 * scanner_NU[:, :9] - 1)
+    identity_34 = np.eye(3, 4)
+    gamma_N3 = (1 + GAMMA) ** signed_NU[:, :3]
+    stain_N34 = gamma_N3[:, :, None] * (identity_34 if stain_N34 is None else stain_N34)
+    mixing_N33 = np.zeros((len(signed_NU), 3, 3))
+    mixing_N33[:, ~np.eye(3, dtype=bool)] = MIXING * signed_NU[:, 3:9]
+    mixing_N33 += np.eye(3) * (1 - mixing_N33.sum(axis=2))[:, :, None]
+    colour_N34 = mixing_N33 @ (identity_34 if colour_N34 is None else colour_N34)
+    return Look(stain_N34, colour_N34, NOISE * scanner * scanner_NU[:, 9], scanner_NU[:, 10:14])
+
+
+@cache
+def noise_bank(px: int, device: torch.device) -> Tensor:
+    """Gaussian noise of unit deviation, (images, 3, 2 px, 2 px), the same in every run."""
+    generator = torch.Generator().manual_seed(0x5CA)
+    return torch.randn(BANK_IMAGES, 3, 2 * px, 2 * px, generator=generator).to(device)
+
+
+def add_noise(image_NCPP: Tensor, deviation_N: NDArray[np.float64], place_N4: NDArray[np.float64]) -> None:
+    """Add to each crop a piece of the bank of noise, in place.
+
+    Fresh noise for every pixel of a run that can go on anywhere would need a hash of every pixel. A crop takes a window
+    of one of eight noise images, at a place and with a sign of its own.
+    """
+    px = image_NCPP.shape[-1]
+    bank = noise_bank(px, image_NCPP.device)
+    image_N, row_N, column_N = (place_N4[:, :3] * (BANK_IMAGES, px + 1, px + 1)).astype(int).T
+    sign_N = np.where(place_N4[:, 3] < 0.5, -1.0, 1.0)
+    for number, (image, row, column) in enumerate(zip(image_N, row_N, column_N, strict=True)):
+        window_CPP = bank[image, :, row : row + px, column : column + px]
+        image_NCPP[number].add_(window_CPP, alpha=float(sign_N[number] * deviation_N[number]))
 
 
 def _basis(stains_x23: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -44,12 +44,16 @@ class ViewConfig:
     """Strength of brightness, contrast, saturation and hue jitter; 0: none, 1: the usual amount, at most 3."""
     stain: float = 1.0
     """Strength of haematoxylin and eosin jitter in optical density; 0: none, 1: the usual amount, at most 3."""
+    scanner: float = 0.0
+    """Strength of another scanner's look: gamma and mixing of the colours, and noise; 0: none, 1: a scanner of another
+    maker, at most 3."""
     blur_probability: float = 0.3
     """Share of crops that are blurred."""
     blur_sigma_px: tuple[float, float] = (0.2, 1.5)
     """Least and greatest standard deviation of the Gaussian blur, pixels of the crop."""
-    teacher_view: Literal["same", "clean"] = "same"
-    """What the teacher sees: the student's crop, or the same crop without blur, colour and stain jitter."""
+    teacher_view: Literal["same", "clean", "other"] = "same"
+    """What the teacher sees: the student's crop; the same crop without blur, colour, stain and scanner changes; or the
+    same crop with other draws of them, so that the two look at two renderings of one piece of tissue."""
 
     def __post_init__(self) -> None:
         for name, least in (("global_px", 0), ("local_px", 0), ("n_global", 1), ("n_local", 0)):
@@ -59,7 +63,7 @@ class ViewConfig:
             self._check(name, 0 < low <= high <= 1, "two shares, 0 < least <= greatest <= 1")
         low, high = self.aspect
         self._check("aspect", 0 < low <= high < math.inf, "two ratios, 0 < least <= greatest")
-        for name in ("colour", "stain"):
+        for name in ("colour", "stain", "scanner"):
             self._check(name, 0 <= getattr(self, name) <= MAX_STRENGTH, f"0 to {MAX_STRENGTH:g}")
         self._check("blur_probability", 0 <= self.blur_probability <= 1, "0 to 1")
         low, high = self.blur_sigma_px
@@ -68,7 +72,7 @@ class ViewConfig:
             0 < low <= high <= MAX_BLUR_SIGMA_PX,
             f"two lengths in pixels, 0 < least <= greatest <= {MAX_BLUR_SIGMA_PX:g}",
         )
-        self._check("teacher_view", self.teacher_view in ("same", "clean"), "same, clean")
+        self._check("teacher_view", self.teacher_view in ("same", "clean", "other"), "same, clean, other")
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -21,11 +21,12 @@ from torch import Tensor
 from histill.distill.views.colour import (
     COLOUR_DRAWS,
     DARKEST,
+    SCANNER_DRAWS,
     STAIN_DRAWS,
+    add_noise,
     apply_affine,
     apply_stain,
-    draw_colour,
-    draw_stain,
+    draw_look,
 )
 from histill.distill.views.config import ViewConfig
 from histill.distill.views.geometry import GEOMETRY_DRAWS, Resampler, draw_boxes, line_tables
@@ -37,6 +38,8 @@ __all__ = ["Views", "make_views"]
 GLOBAL_STREAM = 0x61000
 LOCAL_STREAM = 0x62000
 """Crop k of a kind draws from stream + k."""
+OTHER_STREAM = 0x63000
+"""The teacher's rendering of global crop k, where it has one of its own."""
 
 BLUR_DRAWS = 2
 """Uniform draws per crop: whether, and how much."""
@@ -55,7 +58,7 @@ class Views:
     local_LBCHW: Tensor
     """Local crops."""
     clean_GBCHW: Tensor
-    """Global crops as the teacher sees them: ``global_GBCHW`` itself, or the same crops without blur and colour."""
+    """Global crops as the teacher sees them: ``global_GBCHW`` itself, the same crops unchanged, or otherwise."""
 
 
 def make_views(
@@ -69,7 +72,7 @@ def make_views(
 ) -> Views:
     """Cut and change all global and local crops of a batch of tiles.
 
-    Blur comes first, then stain, then colour; values are cut to 0..1 once, at the end.
+    Blur comes first, then stain and gamma, then colour and mixing, then noise; values are cut to 0..1 once, at the end.
 
     Parameters
     ----------
@@ -131,7 +134,7 @@ def _allocate(B: int, config: ViewConfig, device: torch.device, out: Views | Non
     global_GBCHW = memory(config.n_global, config.global_px, None if out is None else out.global_GBCHW)
     local_LBCHW = memory(config.n_local, config.local_px, None if out is None else out.local_LBCHW)
     clean_GBCHW = global_GBCHW
-    if config.teacher_view == "clean":
+    if config.teacher_view != "same":
         usable = out is not None and out.clean_GBCHW is not out.global_GBCHW
         clean_GBCHW = memory(config.n_global, config.global_px, out.clean_GBCHW if out is not None and usable else None)
     return Views(global_GBCHW=global_GBCHW, local_LBCHW=local_LBCHW, clean_GBCHW=clean_GBCHW)
@@ -150,15 +153,19 @@ def _fill(
     B, _, H, W = tiles_BCHW.shape
     tile_px = max(H, W)
 
-    def kind(config: ViewConfig, out_KBCHW: Tensor, area: tuple[float, float], first_stream: int) -> _Kind:
-        return _Kind(out_KBCHW, sizes_B2, positions_B, config, seed, area, first_stream, tile_px)
+    def kind(
+        config: ViewConfig, out_KBCHW: Tensor, area: tuple[float, float], stream: int, look_stream: int | None = None
+    ) -> _Kind:
+        return _Kind(out_KBCHW, sizes_B2, positions_B, config, seed, area, stream, look_stream or stream, tile_px)
 
     kinds = [kind(config, views.global_GBCHW, config.global_area, GLOBAL_STREAM)]
     if config.n_local:
         kinds.append(kind(config, views.local_LBCHW, config.local_area, LOCAL_STREAM))
     if config.teacher_view == "clean":
-        unchanged = replace(config, colour=0.0, stain=0.0, blur_probability=0.0)
+        unchanged = replace(config, colour=0.0, stain=0.0, scanner=0.0, blur_probability=0.0)
         kinds.append(kind(unchanged, views.clean_GBCHW, config.global_area, GLOBAL_STREAM))
+    elif config.teacher_view == "other":
+        kinds.append(kind(config, views.clean_GBCHW, config.global_area, GLOBAL_STREAM, OTHER_STREAM))
     budget = CPU_CHUNK if tiles_BCHW.device.type == "cpu" else GPU_CHUNK
     chunk = max(1, budget // max(each.numbers_per_tile for each in kinds))
     for first in range(0, B, chunk):
@@ -180,16 +187,23 @@ class _Kind:
         seed: int,
         area: tuple[float, float],
         first_stream: int,
+        look_stream: int,
         tile_px: int,
     ) -> None:
         self._out_KBCHW, device = out_KBCHW, out_KBCHW.device
         self._work: Tensor | None = None  # kept from step to step: fresh memory is slow on a CPU
         K, B, C, _, P = out_KBCHW.shape
         self.numbers_per_tile = K * P * C * tile_px
-        parts = np.cumsum([GEOMETRY_DRAWS, BLUR_DRAWS, COLOUR_DRAWS, STAIN_DRAWS])
-        uniform_KBU = np.stack([uniforms(seed, first_stream + k, positions_B, int(parts[-1])) for k in range(K)])
-        uniform_NU = uniform_KBU.swapaxes(0, 1).reshape(K * B, -1)
-        geometry_NU, blur_NU, colour_NU, stain_NU = np.split(uniform_NU, parts[:-1], axis=1)
+        parts = np.cumsum([GEOMETRY_DRAWS, BLUR_DRAWS, COLOUR_DRAWS, STAIN_DRAWS, SCANNER_DRAWS])
+
+        def draws(stream: int) -> list[NDArray[np.float64]]:
+            uniform_KBU = np.stack([uniforms(seed, stream + k, positions_B, int(parts[-1])) for k in range(K)])
+            return np.split(uniform_KBU.swapaxes(0, 1).reshape(K * B, -1), parts[:-1], axis=1)
+
+        geometry_NU, *rest = draws(first_stream)
+        if look_stream != first_stream:
+            _, *rest = draws(look_stream)
+        blur_NU, colour_NU, stain_NU, scanner_NU = rest
         tile_N = np.repeat(np.arange(B), K)
         boxes = draw_boxes(
             geometry_NU,
@@ -203,8 +217,10 @@ class _Kind:
         low, high = config.blur_sigma_px
         sigma_px_N = np.where(blur_NU[:, 0] < config.blur_probability, low + blur_NU[:, 1] * (high - low), 0.0)
         self._resampler = Resampler(boxes, sigma_px_N, crop_px=P, tile_px=tile_px, device=device)
-        self._colour_N34 = _to(draw_colour(colour_NU, config.colour), device) if config.colour else None
-        self._stain_N34 = _to(draw_stain(stain_NU, config.stain), device) if config.stain else None
+        strengths = {"colour": config.colour, "stain": config.stain, "scanner": config.scanner}
+        self._look = draw_look(colour_NU, stain_NU, scanner_NU, **strengths)
+        self._colour_N34 = None if self._look.colour_N34 is None else _to(self._look.colour_N34, device)
+        self._stain_N34 = None if self._look.stain_N34 is None else _to(self._look.stain_N34, device)
 
     def write(self, tables_B2SCS: Tensor, first: int, stop: int) -> None:
         """Make the crops of tiles ``first`` to ``stop`` from the tables of these tiles."""
@@ -221,6 +237,8 @@ class _Kind:
         if self._colour_N34 is not None:
             apply_affine(image_NCPP, self._colour_N34[crops], other_NCPP)
             image_NCPP, other_NCPP = other_NCPP, image_NCPP
+        if self._look.noise_N is not None and self._look.place_N4 is not None:
+            add_noise(image_NCPP, self._look.noise_N[crops], self._look.place_N4[crops])
         image_KBCPP = image_NCPP.view(stop - first, K, *image_NCPP.shape[1:]).transpose(0, 1)
         torch.clamp(image_KBCPP, 0, 1, out=self._out_KBCHW[:, first:stop])
 

@@ -28,11 +28,11 @@ def balanced_accuracy(predicted_M: Array, label_M: Array) -> float:
 
 
 def run_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval (Student's t) of the mean over runs; None with fewer than two runs."""
+    """95 % interval (Student's t) of the mean over runs, cut to 0..1; None with fewer than two runs."""
     if len(values) < 2:
         return None
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    return max(0.0, float(np.mean(values) - half)), min(1.0, float(np.mean(values) + half))
 
 
 def drawn_groups(group_M: Array | None, images: int) -> Array:

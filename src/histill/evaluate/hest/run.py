@@ -218,7 +218,9 @@ def _result(
         spread = [f"std over {len(own)} folds {np.std(means):.4f}"] if len(means) == len(own) else []
         scores.append(_score(f"{metric}/{task}", own, [task], spread))
     scores += [Score(name=f"{metric}/{task}", value=None, note="not on the disk") for task in missing]
-    clusters = _clusters(folds, present)
+    of_task = {f"{metric}/{task}": [fold for fold in folds if fold["task"] == task] for task in present}
+    groups = {metric: (folds, present)} | {name: (own, [name.split("/")[1]]) for name, own in of_task.items()}
+    clusters = {name: found.to_plain() for name, group in groups.items() if (found := _clusters(*group)) is not None}
     return Result(
         benchmark="hest",
         encoder=embedder.name,
@@ -235,6 +237,6 @@ def _result(
             "scikit-learn": sklearn.__version__,
             "interval": "bootstrap over the folds of each task",
         },
-        details={"folds": folds, "clusters": {} if clusters is None else {metric: clusters.to_plain()}},
+        details={"folds": folds, "clusters": clusters},
         seconds=seconds,
     )

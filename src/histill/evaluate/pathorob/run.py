@@ -97,7 +97,11 @@ def run_pathorob(
         headline="robustness_index",
         scores=_scores(found, missing),
         data=_data(root, present, missing, repeats),
-        details={"datasets": found, "clusters": {"robustness_index": _index_clusters(found).to_plain()}},
+        details={
+            "datasets": found,
+            "clusters": {"robustness_index": _index_clusters(found).to_plain()}
+            | {f"robustness_index/{name}": part["clusters"] for name, part in found.items()},
+        },
         seconds=time.monotonic() - begun,
     )
     write_result(result, out)
@@ -274,5 +278,6 @@ def _scores(found: dict[str, dict[str, Any]], missing: dict[str, str]) -> tuple[
             if runs:
                 value = average_performance_drop(np.array(runs).T)
                 note = f"{len(runs)} repeats, slides and probe drawn our way; higher is better, 0 is no drop"
+                note += "; no interval: the repeats draw from the same slides"
                 scores.append(Score(name=f"apd_{short}/{name}", value=value, note=note))
     return tuple(scores)

@@ -1,0 +1,94 @@
+"""Steps of distillation side by side in one run: students together or apart, packing, compiled blocks, precision.
+
+Modes take turns, so that what else the machine does hits them alike; each figure is a median over rounds.
+
+    python benchmarks/distill_step.py                     two students behind a large teacher, on the CPU
+    python benchmarks/distill_step.py --what layout       packing, compile and precision with the preset `cpu`
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from statistics import median
+
+from random_run import one_step, random_batch, random_parts, with_students
+
+from histill.distill.config import DistillConfig
+from histill.distill.plan_config import PlanConfig
+from histill.distill.presets import PRESETS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=["students", "layout"], default="students")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--teacher", default="timm:vit_base_patch14_reg4_dinov2")
+    options = parser.parse_args()
+    (students if options.what == "students" else layouts)(options)
+
+
+def students(options: argparse.Namespace) -> None:
+    """One teacher forward for two students, against a run for each."""
+    base = dataclasses.replace(
+        PRESETS["tokens"],
+        teacher=(options.teacher,),
+        device=options.device,
+        batch_tiles=16,
+        views=dataclasses.replace(PRESETS["tokens"].views, global_px=112),
+    )
+    pair = ("vit-tiny", "vit-micro")
+    times = timed(
+        {"+".join(names): with_students(base, *names) for names in (pair, pair[:1], pair[1:])}, options.rounds
+    )
+    together, apart = times["+".join(pair)], sum(times[name] for name in pair)
+    for name, seconds in times.items():
+        print(f"{name:22} {1e3 * seconds / base.batch_tiles:8.2f} ms a tile")
+    print(f"together / apart       {together / apart:8.3f}   (teacher {options.teacher})")
+
+
+def layouts(options: argparse.Namespace) -> None:
+    """The same step in other layouts; ratios to the plain one."""
+    base = dataclasses.replace(
+        PRESETS["cpu"],
+        teacher=("timm:vit_small_patch14_reg4_dinov2",),
+        device=options.device,
+        batch_tiles=16,
+        views=dataclasses.replace(PRESETS["cpu"].views, global_px=112, local_px=56),
+        objective=dataclasses.replace(PRESETS["cpu"].objective, cls_prototypes=512, patch_prototypes=1024),
+    )
+    scaled = {
+        "pack": {"pack": True},
+        "compile": {"compile": True},
+        "activations remade": {"checkpoint_activations": True},
+    }
+    configs = {"plain": base}
+    configs |= {
+        name: dataclasses.replace(base, scale=dataclasses.replace(base.scale, **scale))
+        for name, scale in scaled.items()
+    }
+    configs["float32"] = dataclasses.replace(base, precision="fp32")
+    times = timed(configs, options.rounds)
+    for name, seconds in times.items():
+        print(f"{name:22} {1e3 * seconds / base.batch_tiles:8.2f} ms a tile   ratio {seconds / times['plain']:.3f}")
+
+
+def timed(configs: dict[str, DistillConfig], rounds: int) -> dict[str, float]:
+    """Median seconds a step of each, in turns; two rounds warm up."""
+    runs = {
+        name: (random_parts(config, PlanConfig()), random_batch(config.batch_tiles, 128))
+        for name, config in configs.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, (parts, batch) in runs.items():
+            began = time.perf_counter()
+            one_step(parts, batch, number)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: median(found[2:]) for name, found in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""One run on many processes: DDP, FSDP2, gradients that wait, and compiled blocks. torch does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from histill.distributed import Ranks
+
+__all__ = ["compile_blocks", "gradients_wait", "like", "local", "replicate", "shard", "whole"]
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile each block of a timm vision transformer in place; equal blocks share one compiled code."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """DDP around a module: gradients are averaged over the ranks while the backward pass still runs."""
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(module: nn.Module, blocks: nn.ModuleList | nn.Sequential, device: torch.device, ranks: Ranks) -> None:
+    """FSDP2, in place: each block is gathered when its turn comes, the rest with the module's own forward."""
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+@contextmanager
+def gradients_wait(module: nn.Module, waiting: bool) -> Iterator[None]:
+    """While ``waiting``, gradients add up on each rank; they travel with the first backward pass that does not wait."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(not waiting)
+    if waiting and isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a plain one; every rank must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, pattern: Tensor) -> Tensor:
+    """A plain tensor, on the device of ``pattern`` and sharded in the same way; every rank must ask for it."""
+    value = value.to(pattern.device)
+    return distribute_tensor(value, pattern.device_mesh, pattern.placements) if isinstance(pattern, DTensor) else value
