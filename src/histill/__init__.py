@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from histill.distill import distill
+    from histill.extract import extract
     from histill.models import load_encoder
 
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "distill", "extract", "load_encoder"]
 
-_WHERE = {"load_encoder": "histill.models"}
+_WHERE = {"distill": "histill.distill", "extract": "histill.extract", "load_encoder": "histill.models"}
 
 
 def __getattr__(name: str) -> Any:
