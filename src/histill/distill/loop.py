@@ -88,16 +88,7 @@ def train(
             if share.enough:
                 rows = train_step(parts, batch, labelled, share, step, steps, watch)
                 bar.update(step, {name: row["loss"] for name, row in rows.items()}, share.tiles, watch)
-            common: dict[str, Any] = {"step": step, "tiles": share.tiles}
-            timed = (
-                {"seconds": {name: round(seconds, 4) for name, seconds in watch.step_seconds.items()}} if rows else {}
-            )
-            for learner in parts.alive_before(rows):
-                row = common | rows.get(learner.name, {}) | timed
-                if learner.failed:
-                    row = common | {"failed": learner.failed}
-                    console.print(f"[bold red]{learner.name} learns no more: {learner.failed}[/]")
-                logs[learner.name].write(row | ({"unreadable": share.unreadable} if share.unreadable else {}))
+            _log(parts, logs, rows, share, watch, step, console)
             step += 1
             if step % check_every == 0 and step < steps and parts.alive:
                 for name, found in check(step).items():
@@ -114,3 +105,23 @@ def train(
             remedy="lower --optimiser.base-lr, or use --precision fp32; the last checkpoint is good",
         )
     return step
+
+
+def _log(
+    parts: Parts,
+    logs: dict[str, MetricsLog],
+    rows: dict[str, dict[str, float]],
+    share: StepShare,
+    watch: Stopwatch,
+    step: int,
+    console: Console,
+) -> None:
+    """Write a row for every student that the step was for, also when the step was passed over."""
+    common: dict[str, Any] = {"step": step, "tiles": share.tiles}
+    timed = {"seconds": {name: round(seconds, 4) for name, seconds in watch.step_seconds.items()}} if rows else {}
+    for learner in parts.alive_before(rows):
+        row = common | rows.get(learner.name, {}) | timed
+        if learner.failed:
+            row = common | {"failed": learner.failed}
+            console.print(f"[bold red]{learner.name} learns no more: {learner.failed}[/]")
+        logs[learner.name].write(row | ({"unreadable": share.unreadable} if share.unreadable else {}))

@@ -108,36 +108,30 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
         )
     views, objective, world = config.views, config.objective, plan.world
     teachers: list[Any] = [build_empty(resolve(name)) for name in config.teacher]
-    students: list[Any] = []
-    for name in config.student:
-        with torch.device("meta"):
-            students.append(build_student(name))
+    students = _empty_students(config)
     patch_px = int(students[0].patch_embed.patch_size[0])
     global_px = views.global_px or min(224, plan.tile_px) // (2 * patch_px) * 2 * patch_px
     local_px = views.local_px or max(1, round(global_px * 98 / 224 / patch_px)) * patch_px
     n_local = views.n_local if objective.dino else 0
     tokens = views.n_global * (global_px // patch_px) ** 2
+    crops = [(global_px, views.n_global), (local_px, n_local)]
     teacher_flops = float(sum(views.n_global * forward_flops(each, _fitting(each, global_px)) for each in teachers))
-    student_flops = 0.0
-    head_parameters, heads = 0, 0.0
-    for student in students:
-        once = views.n_global * forward_flops(student, global_px)
-        once += n_local * forward_flops(student, local_px) if n_local else 0
-        student_flops += (4 if config.scale.checkpoint_activations else 3) * once
-        for teacher in teachers:
-            count, operations = _heads(config, plan, student.num_features, teacher.num_features, tokens, n_local)
-            head_parameters += count
-            heads += operations
+    passes = 4 if config.scale.checkpoint_activations else 3
+    student_flops = float(sum(passes * count * forward_flops(each, px) for each in students for px, count in crops))
+    pairs = [
+        _heads(config, plan, student.num_features, teacher.num_features, tokens, n_local)
+        for student in students
+        for teacher in teachers
+    ]
+    head_parameters, heads = sum(count for count, _ in pairs), sum(operations for _, operations in pairs)
     prototypes = sum(_prototypes(config, plan, tokens))
     scores = sum(_score_flops(config, plan, teacher.num_features, tokens) for teacher in teachers)
     teacher_parameters, student_parameters = (sum(map(_count, each)) for each in (teachers, students))
     trained = student_parameters + head_parameters
     kept = trained * _TRAINED_BYTES + student_parameters * _AVERAGE_BYTES
-    teachers_share = world if config.scale.teachers == "shard" else 1
-    weight_bytes = _WEIGHT_BYTES if teachers_share > 1 else _BF16_BYTES
+    sharded = config.scale.teachers == "shard" and world > 1  # shards are float32
     tiles_here = math.ceil(config.batch_tiles / world)
     part = min(tiles_here, config.scale.micro_tiles or tiles_here)
-    crops = [(global_px, views.n_global), (local_px, n_local)]
     steps = config.steps or math.ceil(plan.tiles / config.batch_tiles)
     return Plan(
         teacher_parameters=teacher_parameters,
@@ -149,13 +143,18 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
         batch_tiles=config.batch_tiles,
         steps=steps,
         world=world,
-        teacher_bytes=teacher_parameters * weight_bytes // teachers_share,
+        teacher_bytes=teacher_parameters * _WEIGHT_BYTES // world if sharded else teacher_parameters * _BF16_BYTES,
         student_bytes=kept // (world if config.scale.students == "shard" else 1),
         prototype_bytes=4 * prototypes * sum(each.num_features for each in teachers),
         activation_bytes=part
         * max(_activations(each, crops, remade=config.scale.checkpoint_activations) for each in students),
         gradient_bytes=_WEIGHT_BYTES * trained if world > 1 else 0,
     )
+
+
+def _empty_students(config: DistillConfig) -> list[Any]:
+    with torch.device("meta"):
+        return [build_student(name) for name in config.student]
 
 
 def _count(model: nn.Module) -> int:

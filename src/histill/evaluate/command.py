@@ -26,7 +26,7 @@ benchmarks:
   hest      gene expression from patches, nine tasks
   eva       the EVA protocol: patch and slide classification, segmentation (--task)
   pathorob  is an embedding ordered by biology or by the hospital?
-  tiles     probes on your own labelled tiles (--table CSV)
+  tiles     probes on your own labelled tiles (--table CSV); on labelled slides (--level slide --features DIR)
   paired    PLISM's metrics on your own fields under several scanners (--table CSV)
   all       all whose data are there (--roots FILE); exit status 2 when one of them fails
 

@@ -162,12 +162,53 @@ class PathorobConfig(EncoderConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilesConfig(EncoderConfig):
-    """Probes on your own labelled tiles."""
+    """Probes on your own labelled tiles, or slides (--level slide)."""
 
-    needs: ClassVar[dict[str, str]] = {"encoder": "an encoder", "table": "a table of tiles"}
+    SLIDE_OPTIONS: ClassVar[tuple[str, ...]] = ("features", "folds", "runs", "max_tiles", "embeddings")
+    """Fields that --level slide alone looks at."""
 
+    level: Literal["tile", "slide"] = "tile"
+    """tile: an encoder and labelled tiles. slide: extracted features and labelled slides."""
     table: Path | None = None
-    """CSV with the columns path, label, slide, split and, where known, patient."""
+    """CSV with the columns path, label, slide, split and, where known, patient; with --level slide: slide, label and,
+    where known, patient, and fold or split."""
+    features: Path | None = None
+    """slide: folder that histill extract wrote."""
+    folds: int = 5
+    """slide: folds that are made where the table has none; whole patients, stratified by class."""
+    runs: int = 5
+    """slide: networks per fold, whose probabilities are averaged."""
+    max_tiles: int = 10_000
+    """slide: tiles of a slide that the networks see at most; 0: all."""
+    embeddings: bool = False
+    """slide: also write what each slide is to both classifiers: embeddings.h5."""
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        EncoderConfig.__post_init__(self)
+        _at_least(self, "folds", 2)
+        _at_least(self, "runs", 1)
+        _at_least(self, "max_tiles", 0)
+
+    def require_complete(self) -> None:
+        """Refuse a command without what its level needs, or with what only the other looks at."""
+        self.require_out()
+        if self.level == "slide":
+            if self.encoder:
+                raise ConfigError(
+                    "slides come as features, and an encoder is given too", where="--encoder", remedy="leave it out"
+                )
+            _named(self.features, "--features", "the folder that histill extract wrote")
+            _named(self.table, "--table", "a table of slides")
+            _no_encoder_options(self, self.features)
+            return
+        _named(self.encoder, "--encoder", "an encoder")
+        _named(self.table, "--table", "a table of tiles")
+        plain = TilesConfig()
+        for name in self.SLIDE_OPTIONS:
+            if getattr(self, name) != getattr(plain, name):
+                where = f"--{name.replace('_', '-')}"
+                raise ConfigError("this option is for slides", where=where, remedy="add --level slide, or leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

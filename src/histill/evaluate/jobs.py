@@ -31,6 +31,8 @@ from histill.evaluate.hest.run import run_hest
 from histill.evaluate.pathorob.run import run_pathorob
 from histill.evaluate.plism.run import run_plism
 from histill.evaluate.results import Result, read_result, write_result
+from histill.evaluate.slide_features import find_features
+from histill.evaluate.slide_level import run_slides
 from histill.evaluate.tables import run_paired, run_tiles
 
 __all__ = ["Job", "jobs_of"]
@@ -42,7 +44,7 @@ class Job:
 
     config: BenchmarkConfig
     task: str | None = None
-    """Of EVA, whose tasks are data sets of their own."""
+    """Of EVA, whose tasks are data sets of their own; ``slide`` of tiles at that level."""
 
     @property
     def benchmark(self) -> str:
@@ -69,7 +71,7 @@ class Job:
                 return self.config.root
 
     def folder(self, encoder: str, pooling: str) -> Path:
-        """``OUT/BENCHMARK/ENCODER__POOLING``, with the task below it for EVA."""
+        """``OUT/BENCHMARK/ENCODER__POOLING``, with the task below it."""
         folder = self.config.require_out() / self.benchmark / f"{safe_name(encoder)}__{pooling}"
         return folder / self.task if self.task else folder
 
@@ -96,14 +98,11 @@ class Job:
             The folder holds results that were made otherwise: by another encoder, from other data, with other
             settings. They are not replaced.
         """
-        if embedder is None:
-            assert isinstance(self.config, PlismConfig | PathorobConfig)
-            assert self.config.features is not None
-            name, pooling = self.config.features.resolve().name, "as-extracted"
-        else:
-            name, pooling = embedder.name, embedder.pooling
+        name, pooling, weights = self._named(embedder)
         folder = self.folder(name, pooling)
         settings = self.settings(name, embedder)
+        if weights:
+            settings |= {"weights": weights, "pooling": pooling}
         before = _finished(folder)
         if before is not None:
             _keep_apart(folder, before.settings, settings)
@@ -114,11 +113,22 @@ class Job:
             result = _run(self, embedder, cache, folder, console)
         date = before.date if before and before.scores == result.scores else ""
         result = replace(result, date=date or time.strftime("%Y-%m-%d"), settings=settings)
+        result = replace(result, weights=weights)
         if embedder is not None:
-            cost = cost_of(embedder, cache.folder)
-            result = replace(result, weights=embedder.weights, data=result.data | {"cost": cost})
+            result = replace(result, data=result.data | {"cost": cost_of(embedder, cache.folder)})
         write_result(result, folder)
         return result, folder
+
+    def _named(self, embedder: EncoderEmbedder | None) -> tuple[str, str, str]:
+        """Name, pooling and weights of the encoder; of features as far as they say."""
+        if embedder is not None:
+            return embedder.name, embedder.pooling, embedder.weights
+        assert isinstance(self.config, TilesConfig | PlismConfig | PathorobConfig)
+        assert self.config.features is not None
+        if isinstance(self.config, TilesConfig):
+            source = find_features(self.config.features)
+            return source.encoder, source.pooling, source.weights
+        return self.config.features.resolve().name, "as-extracted", ""
 
     def settings(self, encoder: str, embedder: EncoderEmbedder | None) -> dict[str, Any]:
         """All that was asked for and may change a number: encoder, data and the benchmark's own options."""
@@ -127,11 +137,13 @@ class Job:
             sizes = {"input_px": embedder.input_px, "precision": embedder.precision}
             found |= {"weights": embedder.weights, "pooling": embedder.pooling} | sizes
         places = {name: getattr(self.config, name, None) for name in ("root", "table", "features")}
-        if self.task and self.data is not None:
+        if isinstance(self.config, EvaConfig) and self.data is not None:
             places["root"] = self.data
         found |= {name: str(path.resolve()) for name, path in places.items() if path is not None}
         asked = configs.to_dict(self.config)
-        elsewhere = {entry.name for entry in fields(EncoderConfig)} | {*places, "task", "memory_gb"}
+        elsewhere = {entry.name for entry in fields(EncoderConfig)} | {*places, "task", "memory_gb", "embeddings"}
+        if isinstance(self.config, TilesConfig) and self.config.level == "tile":
+            elsewhere |= {"level", *TilesConfig.SLIDE_OPTIONS}
         own = {name: value for name, value in asked.items() if name not in elsewhere}
         return found | {name: sorted(value) if isinstance(value, list) else value for name, value in own.items()}
 
@@ -146,6 +158,8 @@ def jobs_of(config: BenchmarkConfig) -> list[Job]:
     """
     if isinstance(config, EvaConfig):
         return [Job(config=config, task=find_task(task).name) for task in dict.fromkeys(config.task)]
+    if isinstance(config, TilesConfig) and config.level == "slide":
+        return [Job(config=config, task="slide")]
     return [Job(config=config)]
 
 
@@ -184,6 +198,20 @@ def _run_features(config: BenchmarkConfig, cache: FeatureCache, out: Path, conso
             compat=config.compat,
             memory_gb=config.memory_gb,
             device=pick_device(config.device),
+            console=console,
+        )
+    if isinstance(config, TilesConfig):
+        assert config.table is not None
+        assert config.features is not None
+        return run_slides(
+            csv_path=config.table,
+            features=config.features,
+            out=out,
+            folds=config.folds,
+            runs=config.runs,
+            max_tiles=config.max_tiles,
+            embeddings=config.embeddings,
+            device=str(pick_device(config.device)),
             console=console,
         )
     assert isinstance(config, PathorobConfig)

@@ -19,7 +19,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from histill.errors import DataError
+from histill.evaluate.areas import RocArea
 from histill.evaluate.features import Array, as_features, unit_rows
+from histill.evaluate.statistics import draws
 
 __all__ = [
     "C_GRID",
@@ -27,6 +29,7 @@ __all__ = [
     "ProbeResult",
     "balanced_accuracy",
     "cluster_bootstrap",
+    "fit_linear",
     "inner_splits",
     "knn_probe",
     "linear_probe",
@@ -224,21 +227,39 @@ def linear_probe(
         the test labels hold one class, no inner split is possible, or no strength converges.
     """
     train_x_ND, train_y_N, test_x_MD, test_y_M = _checked(train_x_ND, train_y_N, test_x_MD, test_y_M)
+    model, c, unconverged = fit_linear(train_x_ND, train_y_N, train_groups_N, c_grid=c_grid, seed=seed)
+    result = _result(test_y_M, model.predict_proba(test_x_MD), model.classes_)
+    return replace(result, c=c, unconverged=unconverged)
+
+
+def fit_linear(
+    x_ND: Array, y_N: Array, groups_N: Array | None, *, c_grid: Sequence[float] = C_GRID, seed: int = 0
+) -> tuple[Any, float, tuple[float, ...]]:
+    """Fit a linear probe; arguments as of :func:`linear_probe`, which also scores it.
+
+    Returns
+    -------
+    tuple
+        The model (``predict_proba``, ``classes_``), its strength, and the strengths that did not converge.
+
+    Raises
+    ------
+    DataError
+        No inner split is possible, or no strength converges.
+    """
     ranked = sorted(c_grid)
     unconverged: list[float] = []
     if len(ranked) > 1:
-        splits = inner_splits(train_y_N, train_groups_N, seed=seed)
-        found = {c: _inner_auc(train_x_ND, train_y_N, splits, c) for c in ranked}
+        splits = inner_splits(y_N, groups_N, seed=seed)
+        found = {c: _inner_auc(x_ND, y_N, splits, c) for c in ranked}
         unconverged = [c for c, score in found.items() if score is None]
         scored = {c: score for c, score in found.items() if score is not None}
         ranked = sorted(scored, key=lambda c: -scored[c])  # stable: the smaller C first among equals
     for c in ranked:
-        model = _fit(train_x_ND, train_y_N, c)
-        if model is None:
-            unconverged.append(c)
-            continue
-        result = _result(test_y_M, model.predict_proba(test_x_MD), model.classes_)
-        return replace(result, c=c, unconverged=tuple(sorted(unconverged)))
+        model = _fit(x_ND, y_N, c)
+        if model is not None:
+            return model, c, tuple(sorted(unconverged))
+        unconverged.append(c)
     raise DataError(
         f"the linear probe did not converge in {_MAX_ITERATIONS} iterations",
         got=f"C = {', '.join(map(str, c_grid))}",
@@ -275,18 +296,6 @@ def knn_probe(train_x_ND: Array, train_y_N: Array, test_x_MD: Array, test_y_M: A
     return _result(test_y_M, scores_MC, classes_C)
 
 
-def _wins(score_M: Array, positive_M: Array, code_M: Array, groups: int) -> Array:
-    """How often positives of slide s score above negatives of slide t, ties half: (S, S)."""
-    wins_SS = np.zeros((groups, groups))
-    positive_scores, positive_codes = score_M[positive_M], code_M[positive_M]
-    for t in np.unique(code_M[~positive_M]):
-        negatives = np.sort(score_M[~positive_M & (code_M == t)])
-        below = np.searchsorted(negatives, positive_scores, side="left")
-        not_above = np.searchsorted(negatives, positive_scores, side="right")
-        wins_SS[:, t] = np.bincount(positive_codes, weights=(below + not_above) / 2, minlength=groups)
-    return wins_SS
-
-
 def cluster_bootstrap(
     y_M: Array,
     scores_MC: Array,
@@ -300,8 +309,7 @@ def cluster_bootstrap(
     """Interval of :func:`macro_auc` when slides, not images, are drawn again (percentile bootstrap).
 
     A slide that is drawn w times counts w times with all of its images. The area of a resample is a quadratic form in
-    these counts, ``w' W w / (w'p w'n)``, with ``W`` the wins of positives of one slide over negatives of another:
-    exact, and cheap for any number of images.
+    these counts: exact, and cheap for any number of images (:class:`histill.evaluate.areas.RocArea`).
 
     Parameters
     ----------
@@ -322,24 +330,12 @@ def cluster_bootstrap(
     DataError
         With fewer than two slides, or when no resample holds two classes.
     """
-    names, code_M = np.unique(groups_M, return_inverse=True)
-    if len(names) < 2:
-        raise DataError("an interval clustered by slide needs two slides", got=f"{len(names)} slide")
-    count = len(names)
-    drawn_BS = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
-    area_CB = []
-    for column, name in enumerate(classes):
-        positive_M = y_M == name
-        if not positive_M.any() or positive_M.all():
-            continue
-        won_B = ((drawn_BS @ _wins(scores_MC[:, column], positive_M, code_M, count)) * drawn_BS).sum(axis=1)
-        positives_B = drawn_BS @ np.bincount(code_M[positive_M], minlength=count)
-        pairs_B = positives_B * (drawn_BS @ np.bincount(code_M[~positive_M], minlength=count))
-        area_CB.append(np.divide(won_B, pairs_B, out=np.full(resamples, np.nan), where=pairs_B > 0))
-    areas = np.array(area_CB).reshape(-1, resamples)
-    defined_B = (~np.isnan(areas)).sum(axis=0)
-    mean_B = np.nansum(areas, axis=0)[defined_B > 0] / defined_B[defined_B > 0]
+    area = RocArea.of(y_M, scores_MC, classes, groups_M)
+    if len(area.names) < 2:
+        raise DataError("an interval clustered by slide needs two slides", got=f"{len(area.names)} slide")
+    mean_B = area.values(draws(len(area.names), resamples=resamples, seed=seed))
+    mean_B = mean_B[~np.isnan(mean_B)]
     if not len(mean_B):
-        raise DataError("no resample of the slides holds two classes", got=f"{count} slides")
+        raise DataError("no resample of the slides holds two classes", got=f"{len(area.names)} slides")
     low, high = np.quantile(mean_B, [(1 - level) / 2, (1 + level) / 2])
     return Interval(low=float(low), high=float(high), resamples=len(mean_B))

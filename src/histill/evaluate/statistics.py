@@ -5,8 +5,8 @@ measure is a mean of ratios of sums: ``mean over c of (sum over s of a_sc) / (su
 s and component c. A plain mean has one component; balanced accuracy has one per class (right answers over images); a
 mean over tasks has one per task. So a resample costs two small products, whatever the number of tiles, and what has to
 be kept for a later comparison is small enough for a JSON file. Others say themselves what they are on a resample
-(:class:`Measure`; PLISM's medians: :mod:`histill.evaluate.plism.groups`). An area under the ROC curve keeps nothing:
-:func:`histill.evaluate.probes.cluster_bootstrap`.
+(:class:`Measure`; PLISM's medians: :mod:`histill.evaluate.plism.groups`; areas under the ROC curve:
+:mod:`histill.evaluate.areas`).
 
 Shapes: N images, S clusters, C components, B resamples.
 """

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 
 from histill.errors import DataError
 from histill.evaluate.eva.adam import StackedAdam
@@ -26,7 +27,19 @@ from histill.evaluate.eva.probe import batch_order
 from histill.evaluate.eva.scoring import balanced_accuracy
 from histill.evaluate.features import Array
 
-__all__ = ["MilRuns", "MilSchedule", "attention_mil", "runs_together", "start_mil", "train_mil"]
+__all__ = [
+    "MilRuns",
+    "MilSchedule",
+    "Parameters",
+    "attention_mil",
+    "attention_weights",
+    "class_scores",
+    "pooled_tiles",
+    "refit_mil",
+    "runs_together",
+    "start_mil",
+    "train_mil",
+]
 
 _EVAL_BAGS = 8
 
@@ -106,19 +119,29 @@ def attention_mil(parameters: Parameters, bags_RBND: torch.Tensor, filled_RBN: t
     filled_RBN
         True where there is no tile.
     """
+    slide_RBH = pooled_tiles(parameters, bags_RBND, filled_RBN)[0]
+    return _layer(
+        parameters, "classify", F.relu(_layer(parameters, "second", F.relu(_layer(parameters, "first", slide_RBH))))
+    )
 
-    def layer(name: str, x_RXI: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(parameters[f"{name}.bias"], x_RXI, parameters[f"{name}.weight"])
 
+def pooled_tiles(
+    parameters: Parameters, bags_RBND: torch.Tensor, filled_RBN: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum tiles by their weights: slides (R, B, H), and the weights (R, B, N); see :func:`attention_mil`."""
     runs, bags, tiles, _ = bags_RBND.shape
-    hidden_RXH = layer("project", bags_RBND.flatten(1, 2))
-    gated_RXA = torch.tanh(layer("tanh", hidden_RXH)) * torch.sigmoid(layer("sigmoid", hidden_RXH))
+    hidden_RXH = _layer(parameters, "project", bags_RBND.flatten(1, 2))
+    gated_RXA = torch.tanh(_layer(parameters, "tanh", hidden_RXH))
+    gated_RXA = gated_RXA * torch.sigmoid(_layer(parameters, "sigmoid", hidden_RXH))
     score_RBN = (
         torch.bmm(gated_RXA, parameters["weigh.weight"]).view(runs, bags, tiles).masked_fill(filled_RBN, float("-inf"))
     )
     weight_RBN = torch.softmax(score_RBN, dim=2)
-    slide_RBH = torch.einsum("rbn,rbnh->rbh", weight_RBN, hidden_RXH.view(runs, bags, tiles, -1))
-    return layer("classify", F.relu(layer("second", F.relu(layer("first", slide_RBH)))))
+    return torch.einsum("rbn,rbnh->rbh", weight_RBN, hidden_RXH.view(runs, bags, tiles, -1)), weight_RBN
+
+
+def _layer(parameters: Parameters, name: str, x_RXI: torch.Tensor) -> torch.Tensor:
+    return torch.baddbmm(parameters[f"{name}.bias"], x_RXI, parameters[f"{name}.weight"])
 
 
 def runs_together(longest: int, dim: int, runs: int, batch: int, memory_bytes: int, device: str) -> int:
@@ -168,15 +191,9 @@ def train_mil(
     schedule, device = schedule or MilSchedule(), torch.device(device)
     dim = _check(bags, label_N, classes, None)
     _check(stop_bags, stop_label_V, classes, dim)
-    outputs = 1 if classes == 2 else classes
-    starts = [start_mil(seed, dim, outputs, schedule) for seed in seeds]
-    stack = _Stack({name: torch.cat([start[name] for start in starts]).to(device) for name in starts[0]}, schedule)
-    label = torch.from_numpy(label_N.astype(np.int64)).to(device)
+    stack = _started(seeds, dim, classes, schedule, device)
     for epoch in range(schedule.epochs):
-        orders = np.stack([batch_order(seeds[run], epoch, len(bags)) for run in stack.running.tolist()])
-        for first in range(0, len(bags), schedule.batch):
-            rows_RB = orders[:, first : first + schedule.batch]
-            _step(stack, *_filled(bags, rows_RB, device), label[torch.from_numpy(rows_RB)], schedule.lr)
+        _epoch(stack, bags, label_N, [seeds[run] for run in stack.running.tolist()], epoch, schedule, device)
         stack.check(epoch + 1, stop_bags, stop_label_V)
         if progress is not None:
             progress(epoch + 1)
@@ -189,6 +206,55 @@ def train_mil(
         best_epochs=tuple(stack.best_epochs.tolist()),
         epochs=tuple(stack.epochs.tolist()),
     )
+
+
+def refit_mil(
+    bags: Sequence[Array],
+    label_N: Array,
+    *,
+    classes: int,
+    seeds: Sequence[int],
+    schedule: MilSchedule | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Parameters:
+    """Train one network per seed for all of ``schedule.epochs``, with nothing to stop on; arguments as of `train_mil`.
+
+    Raises
+    ------
+    DataError
+        As :func:`train_mil`.
+    """
+    schedule, device = schedule or MilSchedule(), torch.device(device)
+    dim = _check(bags, label_N, classes, None)
+    stack = _started(seeds, dim, classes, schedule, device)
+    for epoch in range(schedule.epochs):
+        _epoch(stack, bags, label_N, seeds, epoch, schedule, device)
+        if progress is not None:
+            progress(epoch + 1)
+    return dict(zip(stack.names, stack.adam.parameters, strict=True))
+
+
+def _started(seeds: Sequence[int], dim: int, classes: int, schedule: MilSchedule, device: torch.device) -> _Stack:
+    starts = [start_mil(seed, dim, 1 if classes == 2 else classes, schedule) for seed in seeds]
+    return _Stack({name: torch.cat([start[name] for start in starts]).to(device) for name in starts[0]}, schedule)
+
+
+def _epoch(
+    stack: _Stack,
+    bags: Sequence[Array],
+    label_N: Array,
+    seeds: Sequence[int],
+    epoch: int,
+    schedule: MilSchedule,
+    device: torch.device,
+) -> None:
+    """Show every slide once to each run of the stack; ``seeds`` are theirs."""
+    label = torch.from_numpy(label_N.astype(np.int64)).to(device)
+    orders = np.stack([batch_order(seed, epoch, len(bags)) for seed in seeds])
+    for first in range(0, len(bags), schedule.batch):
+        rows_RB = orders[:, first : first + schedule.batch]
+        _step(stack, *_filled(bags, rows_RB, device), label[torch.from_numpy(rows_RB)], schedule.lr)
 
 
 class _Stack:
@@ -246,20 +312,44 @@ def _filled(bags: Sequence[Array], rows_RB: Array, device: torch.device) -> tupl
     return torch.from_numpy(tiles).to(device), torch.from_numpy(filled).to(device)
 
 
-@torch.no_grad()
 def _predict(parameters: Parameters, bags: Sequence[Array]) -> Array:
-    """Classes (R, M), some slides at a time; those of like size together, to fill up little."""
+    """Classes (R, M)."""
+    logits_RMO = _logits(parameters, bags)
+    return (logits_RMO[..., 0] > 0).astype(np.int64) if logits_RMO.shape[2] == 1 else logits_RMO.argmax(axis=2)
+
+
+def class_scores(parameters: Parameters, bags: Sequence[Array]) -> Array:
+    """Probabilities (R, M, C) float64 of the classes of M slides, each (tiles, D)."""
+    logits_RMO = _logits(parameters, bags).astype(np.float64)
+    if logits_RMO.shape[2] == 1:
+        logits_RMO = np.concatenate([np.zeros_like(logits_RMO), logits_RMO], axis=2)
+    scores: Array = softmax(logits_RMO, axis=2)
+    return scores
+
+
+@torch.no_grad()
+def attention_weights(parameters: Parameters, bag_ND: Array) -> Array:
+    """Weights (R, N) float32 of a slide's tiles: in each run they add up to 1."""
     weight = parameters["project.weight"]
-    found = np.zeros((len(weight), len(bags)), np.int64)
+    tiles, filled = _filled([bag_ND], np.zeros((1, 1), np.int64), weight.device)
+    runs = len(weight)
+    _, weight_RBN = pooled_tiles(parameters, *(each.expand(runs, *each.shape[1:]) for each in (tiles, filled)))
+    weights: Array = weight_RBN[:, 0].cpu().numpy()
+    return weights
+
+
+@torch.no_grad()
+def _logits(parameters: Parameters, bags: Sequence[Array]) -> Array:
+    """Logits (R, M, O) float32, some slides at a time; those of like size together, to fill up little."""
+    weight = parameters["project.weight"]
+    found = np.zeros((len(weight), len(bags), parameters["classify.weight"].shape[2]), np.float32)
     by_size = np.argsort([len(bag) for bag in bags], kind="stable")
     for first in range(0, len(bags), _EVAL_BAGS):
         rows_B = by_size[first : first + _EVAL_BAGS]
         tiles, filled = _filled(bags, rows_B[None], weight.device)
         for run in range(len(weight)):  # one after another: the tiles are shared, and stay in the cache
             own = {name: value[run : run + 1] for name, value in parameters.items()}
-            logits_BO = attention_mil(own, tiles, filled)[0]
-            predicted = (logits_BO[:, 0] > 0) if logits_BO.shape[1] == 1 else logits_BO.argmax(dim=1)
-            found[run, rows_B] = predicted.cpu().numpy()
+            found[run, rows_B] = attention_mil(own, tiles, filled)[0].cpu().numpy()
     return found
 
 

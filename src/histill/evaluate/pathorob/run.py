@@ -97,15 +97,17 @@ def run_pathorob(
         headline="robustness_index",
         scores=_scores(found, missing),
         data=_data(root, present, missing, repeats),
-        details={
-            "datasets": found,
-            "clusters": {"robustness_index": _index_clusters(found).to_plain()}
-            | {f"robustness_index/{name}": part["clusters"] for name, part in found.items()},
-        },
+        details=_details(found),
         seconds=time.monotonic() - begun,
     )
     write_result(result, out)
     return result
+
+
+def _details(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each data set's parts, and the slides of the mean and of each index for paired tests."""
+    each = {f"robustness_index/{name}": part["clusters"] for name, part in found.items()}
+    return {"datasets": found, "clusters": {"robustness_index": _index_clusters(found).to_plain()} | each}
 
 
 def _measure_all(

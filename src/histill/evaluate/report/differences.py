@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from histill.errors import DataError
+from histill.evaluate.areas import RocArea
 from histill.evaluate.plism.groups import read_pairs, slide_medians
 from histill.evaluate.report.collect import Column, Encoder, differing_facts, find_score
 from histill.evaluate.report.tables import NAMES, Page, empty_cell, not_run, number_text, words
@@ -23,6 +24,9 @@ def measure_of(result: Result, name: str) -> Measure | str:
     """What can be drawn again by slide, patient or fold; or why nothing can."""
     if result.benchmark == "plism" and result.details.get("pairs"):
         return slide_medians(read_pairs(result.details["pairs"]), name) or "it is not defined"
+    area = result.details.get("areas", {}).get(name)
+    if area:
+        return RocArea.from_plain(area)
     plain = result.details.get("clusters", {}).get(name)
     return Clusters.from_plain(plain) if plain else "its results keep no sums by slide, patient or fold"
 
