@@ -132,7 +132,6 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
     sharded = config.scale.teachers == "shard" and world > 1  # shards are float32
     tiles_here = math.ceil(config.batch_tiles / world)
     part = min(tiles_here, config.scale.micro_tiles or tiles_here)
-    steps = config.steps or math.ceil(plan.tiles / config.batch_tiles)
     return Plan(
         teacher_parameters=teacher_parameters,
         student_parameters=student_parameters,
@@ -141,7 +140,7 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
         student_flops=student_flops,
         head_flops=heads + scores,
         batch_tiles=config.batch_tiles,
-        steps=steps,
+        steps=config.steps or math.ceil(plan.tiles / config.batch_tiles),
         world=world,
         teacher_bytes=teacher_parameters * _WEIGHT_BYTES // world if sharded else teacher_parameters * _BF16_BYTES,
         student_bytes=kept // (world if config.scale.students == "shard" else 1),
