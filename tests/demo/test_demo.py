@@ -77,7 +77,7 @@ def test_the_summary_holds_what_was_promised(facts: dict[str, Any]) -> None:
     assert set(facts["versions"]) >= {"histill", "python", "torch", "timm"}
     assert set(facts["scores"]) == {"teacher", "student", "untrained"}
     assert facts["config"]["demo"]["slides"] == 6
-    assert configs.from_dict(DistillConfig, facts["config"]["distill"]).student == "vit-nano"
+    assert configs.from_dict(DistillConfig, facts["config"]["distill"]).student == ("vit-nano",)
     assert facts["seconds"]["total"] >= sum(value for name, value in facts["seconds"].items() if name != "total") - 0.5
 
 
@@ -404,7 +404,7 @@ def test_the_distillation_is_the_preset_with_token_losses(tmp_path: Path) -> Non
     weights = {name: getattr(told.objective, name) for name in ("dino", "ibot", "token_cls", "token_patch")}
     assert weights == dict.fromkeys(weights, 1.0)
     assert (told.steps, told.minutes) == (256, 0.0)
-    assert (told.views.global_px, told.student, told.seed) == (112, "vit-nano", 3)
+    assert (told.views.global_px, told.student, told.seed) == (112, ("vit-nano",), 3)
     assert (told.tiles, told.table, told.hold_out_slides) == (tmp_path / "tiles", None, ("slide-002",))
     assert told.checks.tables == (tmp_path / "checks" / "labels.csv", tmp_path / "checks" / "paired.csv")
 
