@@ -187,7 +187,7 @@ class LabelledTask:
 
     @classmethod
     def read(cls, text: str) -> LabelledTask:
-        """Read TABLE[,column=...][,kind=...][,weight=...]."""
+        """Read ``TABLE,column=NAME,kind=KIND,weight=NUMBER``; all but the table may be left out."""
         table, *settings = text.split(",")
         values: dict[str, Any] = dict(setting.partition("=")[::2] for setting in settings)
         for key in values:
@@ -281,9 +281,9 @@ class DistillConfig:
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra `tensorboard`)."""
     labelled: tuple[str, ...] = ()
-    """Labelled sets that join the run, each TABLE[,column=label][,kind=classification|regression][,weight=1]: a CSV
-    with path and the column (and split: rows of split test are left out). Each has a linear head on the student's
-    class token, saved beside the student."""
+    """Labelled sets that join the run, each `TABLE,column=label,kind=classification,weight=1` (these are the defaults;
+    the other kind is regression): a CSV with path and the column (and split: rows of split test are left out). Each has
+    a linear head on the student's class token, saved beside the student."""
     labelled_tiles: int = 16
     """Tiles of each labelled set in a step, over all processes."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
