@@ -4,7 +4,9 @@
 
 All ways run in turn on the same tiles and the same number of cores. Printed: tiles a second, CPU seconds, and
 
-- overlap: wall time together / that of the slower of reader and model alone (1: perfectly hidden);
+- overlap: wall time together / that of the slower of reader and model alone (1: perfectly hidden). On a processor both
+  want the same cores: no schedule is faster than (CPU seconds of the reader + of the model) / cores. Where that exceeds
+  the slower of the two, it is the limit, and the share of it that was reached is printed too;
 - speed: tile rate / that of the plain loop in the same precision. The plain loop opens each slide, places a DataLoader
   with two workers on its coordinates (openslide, Pillow's resize, torchvision's normalisation) and calls timm, in
   float32 or under bf16 autocast.
@@ -43,7 +45,7 @@ if __name__ == "__main__":  # reader processes import this file too: seconds of 
     from histill.extract.slides import Extraction
     from histill.tiles.cutting import SlideJob
     from histill.tiles.jobs import jobs_of
-    from histill.tiles.pool import Pool
+    from histill.tiles.pool import Pool, cores
     from histill.tiles.progress import TilingProgress
     from histill.tiles.write import Outcome
 
@@ -146,8 +148,14 @@ def measure(config: ExtractConfig, engine: str, scratch: Path, repeat: int) -> N
         print(f"  {name:<13}{rate:8.1f} tiles/s {told['wall']:7.1f} s wall {told['cpu']:7.1f} s CPU")
     wall = {name: told["wall"] for name, told in best.items()}
     slower = max(wall["reader alone"], wall["model alone"])
+    spent = best["reader alone"]["cpu"] + best["model alone"]["cpu"]
+    limit = max(slower, spent / cores())
     print(
-        f"  overlap: {wall['together'] / slower:.2f}   speed: {wall['plain loop'] / wall['together']:.2f}", flush=True
+        f"  overlap: {wall['together'] / slower:.2f}, of which the cores allow no less than {limit / slower:.2f} "
+        f"({spent:.1f} CPU s on {cores()} cores): "
+        f"together / limit {wall['together'] / limit:.2f}, CPU together / apart "
+        f"{best['together']['cpu'] / spent:.2f}   speed: {wall['plain loop'] / wall['together']:.2f}",
+        flush=True,
     )
 
 
@@ -168,7 +176,7 @@ def main() -> None:
         options |= {"out": Path(scratch) / "first", "any_mpp": True, "engine": told.engines[0]}
         config = ExtractConfig(slides=tuple(told.slides), **options)
         extract_slides(config, QUIET)  # for the plain loop's coordinates
-        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch threads {torch.get_num_threads()}")
+        print(f"{cores()} cores, load {os.getloadavg()[0]:.1f}, torch threads {torch.get_num_threads()}")
         for engine in told.engines:
             measure(config, engine, Path(scratch), told.repeat)
 

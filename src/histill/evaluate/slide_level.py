@@ -2,8 +2,9 @@
 
 Two classifiers see the same folds: ``mean``, a linear probe on the mean feature of a slide, and ``abmil``, gated
 attention over its tiles as the EVA protocol trains it (:mod:`histill.evaluate.eva.mil`), several runs a fold whose
-probabilities are averaged. A slide's score always comes from networks that have not seen its patient. The area pools
-the scores of all folds; its interval draws patients again.
+probabilities are averaged. A slide's score always comes from networks that have not seen its patient. The area counts
+pairs of slides of the same fold, since scores of two classifiers share no scale (``auc_pooled`` counts all pairs); its
+interval draws patients again.
 
 Shapes: S slides, M scored ones, R runs, C classes, D features.
 """
@@ -143,7 +144,8 @@ def run_slides(
     Returns
     -------
     Result
-        ``<kind>_auc`` (macro one-versus-rest with more than two classes) and ``<kind>_balanced_accuracy``.
+        ``<kind>_auc`` (macro one-versus-rest with more than two classes), ``<kind>_auc_pooled`` and
+        ``<kind>_balanced_accuracy``.
 
     Raises
     ------
@@ -161,26 +163,40 @@ def run_slides(
     _write_predictions(out / "predictions.csv", cohort, made, scored)
     if embeddings:
         _write_embeddings(out / "embeddings.h5", cohort, head)
-    unlabelled = len(set(source.files) - set(table.slide_S.tolist()))
-    places: dict[str, Any] = {"root": str(csv_path), "features": str(features), "unlabelled": unlabelled}
-    result = Result(
+    counts = {"folds": len(made), "max_tiles": max_tiles}
+    data = _places(csv_path, source, features, table) | cohort.describe() | counts
+    details = _details(cohort, made, parts, scored) | {"head": head.facts}
+    result = _result(source, scores, data, details, time.monotonic() - begun)
+    write_result(result, out)
+    return result
+
+
+def _result(
+    source: FeatureSource, scores: Sequence[Score], data: dict[str, Any], details: dict[str, Any], seconds: float
+) -> Result:
+    return Result(
         benchmark="tiles",
         encoder=source.encoder,
         encoder_key=source.key,
         pooling=source.pooling,
         headline="abmil_auc",
         scores=tuple(scores),
-        data=places | cohort.describe() | {"folds": len(made), "max_tiles": max_tiles},
-        details={
-            "parts": parts,
-            "areas": {f"{kind}_auc": _plain(cohort, *scored[kind]) for kind in KINDS},
-            "clusters": {f"{kind}_balanced_accuracy": _accuracy(cohort, *scored[kind]).to_plain() for kind in KINDS},
-            "head": head.facts,
-        },
-        seconds=time.monotonic() - begun,
+        data=data,
+        details=details,
+        seconds=seconds,
     )
-    write_result(result, out)
-    return result
+
+
+def _places(csv_path: Path, source: FeatureSource, features: Path, table: LabelTable) -> dict[str, Any]:
+    unlabelled = len(set(source.files) - set(table.slide_S.tolist()))
+    return {"root": str(csv_path), "features": str(features), "unlabelled": unlabelled}
+
+
+def _details(cohort: _Cohort, made: Any, parts: dict[str, Any], scored: Any) -> dict[str, Any]:
+    """Folds, and what a paired test needs of each score."""
+    areas = {f"{kind}_auc": _plain(cohort, made, *scored[kind]) for kind in KINDS}
+    clusters = {f"{kind}_balanced_accuracy": _accuracy(cohort, *scored[kind]).to_plain() for kind in KINDS}
+    return {"parts": parts, "areas": areas, "clusters": clusters}
 
 
 def _bags(source: FeatureSource, table: LabelTable, max_tiles: int, console: Console) -> SlideBags:
@@ -280,13 +296,22 @@ def _scores(
     for kind in KINDS:
         scores_MC = np.concatenate([np.array(part["scores"]).reshape(-1, len(cohort.classes)) for part in parts[kind]])
         scored[kind] = (rows_M, scores_MC)
-        area = estimate(RocArea.from_plain(_plain(cohort, rows_M, scores_MC)))
+        plain = _plain(cohort, folds, rows_M, scores_MC)
+        area = estimate(RocArea.from_plain(plain))
+        pooled = estimate(RocArea.from_plain(plain | {"fold": [""] * len(rows_M)}))
         right = estimate(_accuracy(cohort, rows_M, scores_MC))
         told = [*_spread(cohort, folds, parts[kind]), *notes]
-        for name, value, note in ((f"{kind}_auc", area, told), (f"{kind}_balanced_accuracy", right, notes)):
+        named = (("auc", area, told), ("auc_pooled", pooled, notes), ("balanced_accuracy", right, notes))
+        for name, value, note in named:
             note = [*note, *(["too few patients or slides for an interval"] if value.low is None else [])]
             found.append(
-                Score(name=name, value=value.value, low=value.low, high=value.high, note="; ".join(note) or None)
+                Score(
+                    name=f"{kind}_{name}",
+                    value=value.value,
+                    low=value.low,
+                    high=value.high,
+                    note="; ".join(note) or None,
+                )
             )
     return scored, found
 
@@ -300,20 +325,21 @@ def _spread(cohort: _Cohort, folds: list[Fold], parts: Sequence[dict[str, Any]])
     ]
     told = [f"mean of {len(areas)} folds {np.mean(areas):.3f} (std {np.std(areas):.3f})"] if len(areas) > 1 else []
     if "runs" in parts[0] and len(cohort.seeds) > 1:
-        code_M = np.concatenate([cohort.code_S[fold.test] for fold in folds])
+        rows_M = np.concatenate([fold.test for fold in folds])
         scores_RMC = np.concatenate([np.array(part["runs"]) for part in parts], axis=1)
-        alone = [macro_auc(code_M, scores_MC, range(len(cohort.classes))) for scores_MC in scores_RMC]
+        alone = [RocArea.from_plain(_plain(cohort, folds, rows_M, scores_MC)).value for scores_MC in scores_RMC]
         told.append(f"one of the {len(alone)} networks alone {np.mean(alone):.3f} (std {np.std(alone):.3f})")
     return told
 
 
-def _plain(cohort: _Cohort, rows_M: Array, scores_MC: Array) -> dict[str, Any]:
+def _plain(cohort: _Cohort, folds: list[Fold], rows_M: Array, scores_MC: Array) -> dict[str, Any]:
     """What a paired test between two encoders needs: see :class:`RocArea`."""
     table = cohort.table
     return {
         "slide": table.slide_S[rows_M].tolist(),
         "label": table.label_S[rows_M].tolist(),
         "group": table.group_S[rows_M].tolist(),
+        "fold": [fold.name for fold in folds for _ in fold.test],
         "classes": list(cohort.classes),
         "scores": scores_MC.tolist(),
     }

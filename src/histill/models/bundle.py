@@ -5,7 +5,7 @@
     config.json         architecture, model_args, normalisation, input size: timm's own format
     model.safetensors   the weights, float32
     README.md           the model card
-    histill.json        provenance: teacher and its licence, config, data, metrics, versions
+    histill.json        provenance: teacher and its licence, config, data, metrics, versions; what its tiles must be
 
 ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens it without histill.
 """
@@ -112,6 +112,7 @@ def write_bundle(
     card: str | None = None,
     embedding: Embedding = "cls",
     licence: str | None = None,
+    mpp: float | None = None,
 ) -> None:
     """Write a bundle, whole or not at all; an older bundle in its place is replaced.
 
@@ -129,13 +130,15 @@ def write_bundle(
         Side of the tiles that it was made for.
     provenance
         JSON-ready facts. ``teacher`` (see :func:`teacher_record`) and ``metrics`` (name to number) are shown on the
-        card; the embedding, licence, content hash, parameter count and histill's version are added.
+        card; the embedding, licence, content hash, parameter count, normalisation and histill's version are added.
     card
         The text of ``README.md``; written from the provenance if None.
     embedding
         The embedding that the metrics were measured with, and that ``Encoder.embed`` gives from now on.
     licence
         Licence of the new model as an SPDX name; None while its owner has not chosen one.
+    mpp
+        Microns per pixel of the tiles that it was made for; None: what the provenance says, if anything.
 
     Raises
     ------
@@ -145,7 +148,7 @@ def write_bundle(
     _check_description(model, student)
     _check_place(folder)
     encoder = wrap(model, name=folder.name, mean=mean, std=std, input_px=input_px, embedding=embedding)
-    record = provenance | _facts(encoder, licence)
+    record = provenance | _facts(encoder, licence) | ({} if mpp is None else {"mpp": mpp})
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()
     }
@@ -165,6 +168,8 @@ def _facts(encoder: Encoder, licence: str | None) -> dict[str, Any]:
         "histill_version": __version__,
         "embedding": encoder.embedding,
         "licence": licence,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
         "params": sum(parameter.numel() for parameter in encoder.model.parameters()),
         "content_hash": encoder.content_hash(),
     }
