@@ -128,3 +128,17 @@ def test_a_wrong_command_line(options: list[str], told: str, capsys: pytest.Capt
         main(["extract", "a.svs", "--model", "m", "--out", "o", *options])
     assert left.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_bundle_carries_its_own_scale_and_normalisation(
+    drawn: Path, make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They go before its teacher's, which is H-optimus-0 (0.5 um/px) with Bioptimus' mean."""
+    own = make_bundle(tmp_path / "model", mpp=1.0, mean=(0.5, 0.4, 0.6))
+    record = json.loads((own / "histill.json").read_text())
+    assert (record["mpp"], record["mean"], record["std"]) == (1.0, [0.5, 0.4, 0.6], [0.211883, 0.230117, 0.177517])
+    assert extract(drawn / "a.svs", own, tmp_path / "out", "--mpp", 0.5) == 1
+    assert "1 um/px" in capsys.readouterr().err
+    assert extract(drawn / "a.svs", own, tmp_path / "out") == 0
+    settings = json.loads((tmp_path / "out" / "features.json").read_text())
+    assert (settings["mpp"], settings["mean"]) == (1.0, [0.5, 0.4, 0.6])
