@@ -4,7 +4,10 @@ import importlib.abc
 import sys
 
 import pytest
+import timm
 import torch
+from timm.layers import GluMlp, SwiGLU
+from timm.models.vision_transformer import ParallelScalingBlock
 
 from histill.errors import ConfigError, DataError, MissingExtraError, ModelError
 from histill.models import STUDENTS, build_student, load_encoder, wrap, write_bundle
@@ -12,6 +15,7 @@ from histill.models.engines import ENGINES, open_engine
 from histill.models.engines.capture import TokenGraph
 from histill.models.engines.choose import in_turns
 from histill.models.engines.open import engine_of
+from histill.models.engines.simplify import simplify
 
 MEAN, STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 EXACT = ("torch-fp32", "onnxruntime", "openvino-fp32")
@@ -117,8 +121,6 @@ def test_a_fixed_batch_is_filled_up(bundle):
 
 
 def test_rotary_embeddings_survive_the_graph():
-    import timm
-
     model = timm.create_model("eva02_tiny_patch14_224", num_classes=0, depth=2, dynamic_img_size=True).eval()
     encoder = wrap(model, name="eva", mean=MEAN, std=STD, input_px=84)
     pixels = images(2, 84)
@@ -128,6 +130,50 @@ def test_rotary_embeddings_survive_the_graph():
     torch.testing.assert_close(cls_BD, tokens.cls_BD)
     torch.testing.assert_close(patches_BHWD, tokens.patches_BHWD)
     assert encoder.model.dynamic_img_size, "the encoder itself must not be changed"
+
+
+def random_model(**arguments):
+    """In float64, and nothing in it is zero or one."""
+    model = timm.create_model(
+        arguments.pop("name", "vit_tiny_patch16_224"), num_classes=0, img_size=32, depth=2, embed_dim=48, **arguments
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gone"),
+    [
+        ({"name": "vit_giant_patch14_reg4_dinov2", "patch_size": 16, "num_heads": 4}, {"LayerScale", "GluMlp"}),
+        ({"num_heads": 3, "init_values": 0.1}, {"LayerScale"}),
+        ({"num_heads": 3, "qkv_bias": False, "proj_bias": False, "init_values": 0.1}, {"LayerScale"}),
+        ({"num_heads": 3, "qk_norm": True, "mlp_layer": GluMlp}, {"GluMlp"}),
+        ({"num_heads": 3, "scale_mlp_norm": True, "mlp_layer": GluMlp}, {"GluMlp"}),
+    ],
+)
+def test_a_simplified_model_is_the_same(arguments, gone):
+    model = random_model(**arguments)
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model.forward_features(pixels)
+        assert {type(module).__name__ for module in model.modules()} >= gone | {"Attention"}
+        simplify(model)
+        assert not {type(module).__name__ for module in model.modules()} & (gone | {"Attention"})
+        torch.testing.assert_close(model.forward_features(pixels), before, atol=1e-9, rtol=1e-9)
+    assert all(block.norm1.bias is None and block.attn.value.bias is None for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"block_fn": ParallelScalingBlock}, {"scale_attn_norm": True, "mlp_layer": SwiGLU}]
+)
+def test_what_is_not_known_stays(arguments):
+    model = random_model(num_heads=3, init_values=0.1, **arguments)
+    before = [(name, type(module), id(module)) for name, module in model.named_modules()]
+    simplify(model)
+    assert [(name, type(module), id(module)) for name, module in model.named_modules()] == before
 
 
 def test_auto_says_what_it_measured(bundle, capsys):

@@ -21,6 +21,7 @@ from torch import nn
 
 from histill.errors import MissingExtraError, ModelError
 from histill.models.encoder import Encoder
+from histill.models.engines.simplify import simplify
 
 __all__ = ["INPUT", "OUTPUTS", "TokenGraph", "need", "to_openvino", "write_onnx"]
 
@@ -90,8 +91,9 @@ class _FixedRope(nn.Module):
 
 
 def _of_one_size(encoder: Encoder) -> nn.Module:
-    """Copy the model and make its position embeddings once, for one size of images."""
-    model: Any = copy.deepcopy(encoder.model).cpu().float()
+    """Copy the model, simplify it and make its position embeddings once, for one size of images."""
+    model: Any = copy.deepcopy(encoder.model).cpu().float().eval()
+    simplify(model)
     if not getattr(model, "dynamic_img_size", False):
         return cast(nn.Module, model)
     model.set_input_size(img_size=(encoder.input_px, encoder.input_px))
