@@ -48,7 +48,8 @@ PAIRS = (
 )
 NOTES = f"""\
 same: ViT-S/14 teacher, the student vit-tiny (timm, patch 14, 4 registers, 192 wide, 12 blocks) from random weights,
-  bfloat16 autocast, equal PyTorch threads (waiting without spinning), one thread or process loads ahead, torch {PINNED[3][7:]}, no compile
+  bfloat16 autocast, equal PyTorch threads (waiting without spinning), one that loads ahead,
+  torch {PINNED[3][7:]}, no compile
 lightly-train (method distillation = distillationv3) and histill tokens: one {GLOBAL_PX} px crop a tile for both models
   lightly-train: KL to the teacher over a queue of teacher class tokens and over the tokens of an image, two linear
   layers, mixup, albumentations (crop, flip, colour, grey, blur) in the loader; AdamW
