@@ -1,6 +1,8 @@
 """Steps of distillation side by side in one run: students together or apart, packing, compiled blocks, precision.
 
-Modes take turns, so that what else the machine does hits them alike; each figure is a median over rounds.
+Modes take turns, so that what else the machine does hits them alike; each figure is a median over rounds. On a CPU the
+process's CPU seconds stand beside the wall clock: other work slows the clock far more than it raises them.
+(OMP_WAIT_POLICY=PASSIVE keeps waiting threads from counting as work.)
 
     python benchmarks/distill_step.py                     two students behind a large teacher, on the CPU
     python benchmarks/distill_step.py --what layout       packing, compile and precision with the preset `cpu`
@@ -43,10 +45,9 @@ def students(options: argparse.Namespace) -> None:
     times = timed(
         {"+".join(names): with_students(base, *names) for names in (pair, pair[:1], pair[1:])}, options.rounds
     )
-    together, apart = times["+".join(pair)], sum(times[name] for name in pair)
-    for name, seconds in times.items():
-        print(f"{name:22} {1e3 * seconds / base.batch_tiles:8.2f} ms a tile")
-    print(f"together / apart       {together / apart:8.3f}   (teacher {options.teacher})")
+    show(times, base.batch_tiles)
+    wall, cpu = (times["+".join(pair)][i] / sum(times[name][i] for name in pair) for i in (0, 1))
+    print(f"together / apart       {wall:8.3f} wall  {cpu:8.3f} cpu   (teacher {options.teacher})")
 
 
 def layouts(options: argparse.Namespace) -> None:
@@ -71,23 +72,32 @@ def layouts(options: argparse.Namespace) -> None:
     }
     configs["float32"] = dataclasses.replace(base, precision="fp32")
     times = timed(configs, options.rounds)
-    for name, seconds in times.items():
-        print(f"{name:22} {1e3 * seconds / base.batch_tiles:8.2f} ms a tile   ratio {seconds / times['plain']:.3f}")
+    show(times, base.batch_tiles)
+    for name, (wall, cpu) in times.items():
+        print(f"{name:22} / plain {wall / times['plain'][0]:.3f} wall  {cpu / times['plain'][1]:.3f} cpu")
 
 
-def timed(configs: dict[str, DistillConfig], rounds: int) -> dict[str, float]:
-    """Median seconds a step of each, in turns; two rounds warm up."""
+def show(times: dict[str, tuple[float, float]], tiles: int) -> None:
+    for name, (wall, cpu) in times.items():
+        print(f"{name:22} {1e3 * wall / tiles:8.2f} ms a tile wall  {1e3 * cpu / tiles:8.2f} cpu")
+
+
+def timed(configs: dict[str, DistillConfig], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds and CPU seconds a step of each, in turns; two rounds warm up."""
     runs = {
         name: (random_parts(config, PlanConfig()), random_batch(config.batch_tiles, 128))
         for name, config in configs.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, (parts, batch) in runs.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             one_step(parts, batch, number)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: median(found[2:]) for name, found in seconds.items()}
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: (median(wall for wall, _ in found[2:]), median(cpu for _, cpu in found[2:]))
+        for name, found in seconds.items()
+    }
 
 
 if __name__ == "__main__":
