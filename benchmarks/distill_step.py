@@ -1,8 +1,8 @@
 """Steps of distillation side by side in one run: students together or apart, packing, compiled blocks, precision.
 
 Modes take turns, so that what else the machine does hits them alike; each figure is a median over rounds. On a CPU the
-process's CPU seconds stand beside the wall clock: other work slows the clock far more than it raises them.
-(OMP_WAIT_POLICY=PASSIVE keeps waiting threads from counting as work.)
+process's CPU seconds stand beside the wall clock: other work slows the clock far more than it raises them. (They count
+threads that wait, too, unless OMP_WAIT_POLICY=PASSIVE is set; then waking them costs time.)
 
     python benchmarks/distill_step.py                     two students behind a large teacher, on the CPU
     python benchmarks/distill_step.py --what layout       packing, compile and precision with the preset `cpu`

@@ -9,6 +9,7 @@ for data, views, teacher, student, gradient, update, logging. The peers live in 
 
 TEACHER is a folder with a timm ViT-S/14 (config.json, model.safetensors), TILES one with images and no tables. Whatever
 else the processor does slows all of them: beside the wall clock stand the CPU seconds of the process and its workers.
+(They count threads that wait, too, unless OMP_WAIT_POLICY=PASSIVE is set; then waking them costs time.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PAIRS = (
 )
 NOTES = f"""\
 same: ViT-S/14 teacher, the student vit-tiny (timm, patch 14, 4 registers, 192 wide, 12 blocks) from random weights,
-  bfloat16 autocast, equal PyTorch threads (waiting without spinning), one that loads ahead,
+  bfloat16 autocast, equal PyTorch threads, one thread or process that loads ahead,
   torch {PINNED[3][7:]}, no compile
 lightly-train (method distillation = distillationv3) and histill tokens: one {GLOBAL_PX} px crop a tile for both models
   lightly-train: KL to the teacher over a queue of teacher class tokens and over the tokens of an image, two linear
@@ -132,28 +133,19 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """One process: seconds and CPU seconds of a median step, and the parts that were seen."""
     python = sys.executable if RUNS[name][0] == "ours" else str(options.venv / "bin" / "python")
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, __file__, "--venv", options.venv, "--teacher", options.teacher.resolve()]
-        command += [
-            "--tiles",
-            options.tiles.resolve(),
-            "--steps",
-            str(options.steps),
-            "--child",
-            name,
-            "--threads",
-            str(options.threads),
-        ]
+        command = [python, __file__, "--child", name, "--folder", folder, "--venv", options.venv]
+        command += ["--teacher", options.teacher.resolve(), "--tiles", options.tiles.resolve()]
+        command += ["--steps", options.steps, "--threads", options.threads]
         quiet = {
             "LIGHTLY_TRAIN_EVENTS_DISABLED": "1",
             "MODELS_DIR": folder,
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": str(options.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
         log = Path(folder) / "log"
         with log.open("w") as output:
             ended = subprocess.run(
-                [*map(str, command), "--folder", folder],
+                [*map(str, command)],
                 cwd=folder,
                 env=os.environ | quiet,
                 stdout=output,

@@ -17,7 +17,7 @@ from histill.distill.parallel import compile_blocks
 from histill.distill.parts import Parts
 from histill.distill.plan import make_plan
 from histill.distill.plan_config import PlanConfig
-from histill.distill.precision import autocast_for, pick_device, plain_attention_on_cpu
+from histill.distill.precision import autocast_for, keep_freed_memory, pick_device, plain_attention_on_cpu
 from histill.distill.progress import Stopwatch
 from histill.distill.share import StepShare
 from histill.distill.step import train_step
@@ -57,6 +57,7 @@ def random_teacher(name: str, device: torch.device, autocast: torch.autocast) ->
 def random_parts(config: DistillConfig, plan: PlanConfig) -> Parts:
     """A built run; prototypes are random directions."""
     device = pick_device(config.device)
+    keep_freed_memory(device)
     autocast = autocast_for(device, config.precision)
     generator = torch.Generator().manual_seed(1)
     teachers = []
