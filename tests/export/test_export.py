@@ -99,7 +99,7 @@ def test_the_record(bundle, onnx_export, capsys):
     assert record["input"] == {"name": "images", "type": "uint8", "shape": ["B", 56, 56, 3], "scale": "RGB in 0..255"}
     assert verified["tiles"] == 6
     assert 0 < verified["engines"]["onnxruntime"]["patches"]["max_difference"] < 1e-4
-    assert record["bundle"]["teacher"]["licence"] == "MIT"
+    assert record["bundle"]["teachers"][0]["licence"] == "MIT"
     assert record["licence_notice"] is None
 
 

@@ -96,6 +96,19 @@ def test_a_forbidding_licence_is_not_pushed(make_bundle, tmp_path, derivatives):
     assert "WARNING" in (tmp_path / "hub" / "README.md").read_text()
 
 
+def test_one_forbidding_teacher_of_two_is_enough(make_bundle, tmp_path):
+    second = {"name": "t2", "licence": "CC-BY-NC-ND-4.0", "derivatives": False}
+    bundle = make_bundle(tmp_path / "nano", further_teachers=[second], config={"student": ["vit-nano", "vit-tiny"]})
+    with pytest.raises(ModelError, match=r"MIT, CC-BY-NC-ND-4\.0"):
+        export(bundle, tmp_path / "hub", "--push", "org/name")
+    assert export(bundle, tmp_path / "hub") == 0
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert text.count("The licence of the teacher t2 (CC-BY-NC-ND-4.0) FORBIDS DERIVATIVES") == 2, "on top and below"
+    assert "| teacher | t2 |" in text
+    assert "This model: not stated." in text, "two licences: none is inherited"
+    assert "| students of the run | vit-nano, vit-tiny |" in text
+
+
 def test_no_token_no_upload(bundle, tmp_path):
     with pytest.raises(ConfigError, match="no token"):
         export(bundle, tmp_path / "hub", "--push", "org/name")

@@ -16,7 +16,7 @@ from histill.errors import ConfigError, ModelError
 from histill.export.config import ExportConfig
 from histill.export.run import refuse_to_replace
 from histill.models.bundle import read_bundle
-from histill.models.card import licence_notice, model_card, with_benchmarks
+from histill.models.card import licence_notices, model_card, teachers_of, with_benchmarks
 from histill.models.sources import read_config
 
 __all__ = ["export_to_hub", "hub_card", "public_record"]
@@ -72,7 +72,7 @@ def export_to_hub(config: ExportConfig, console: Console) -> str:
         files.write_json(folder / "config.json", described)
         files.write_json(folder / _MARK, record)
         files.write_text(folder / "README.md", hub_card(name, described, record))
-    notice = licence_notice(record["teacher"]) if isinstance(record.get("teacher"), dict) else None
+    notice = licence_notices(record)
     if notice:
         console.print(notice)
     if config.push is None:
@@ -81,14 +81,15 @@ def export_to_hub(config: ExportConfig, console: Console) -> str:
 
 
 def public_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Take what is private out of a provenance, and let a licence that nobody stated be the teacher's.
+    """Take what is private out of a provenance, and let a licence that nobody stated be that of all its teachers.
 
-    Paths are cut down to their last part, lists of held-out slides to their length.
+    Teachers of different licences give none: which of them binds is for a person to say. Paths are
+    cut down to their last part, lists of held-out slides to their length.
     """
     shown: dict[str, Any] = _public(record)
-    teacher = shown.get("teacher")
     if shown.get("licence") is None:
-        shown["licence"] = teacher.get("licence") if isinstance(teacher, dict) else None
+        licences = {teacher.get("licence") for teacher in teachers_of(shown)}
+        shown["licence"] = licences.pop() if len(licences) == 1 else None
     return shown
 
 
@@ -152,21 +153,27 @@ def _training(record: dict[str, Any]) -> str:
     config = record.get("config")
     config = config if isinstance(config, dict) else {}
     rows = [("tile set", config.get("tiles")), ("tiles", data.get("tiles")), ("fingerprint", data.get("fingerprint"))]
-    rows += [("mpp", data.get("mpp")), ("steps", record.get("steps")), ("student", config.get("student"))]
+    rows += [("mpp", data.get("mpp")), ("steps", record.get("steps"))]
+    students = config.get("student")
+    rows.append(("students of the run" if isinstance(students, list) else "student", _listed(students)))
     listed = "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
     table = f"| | |\n|---|---|\n{listed}\n" if listed else "Not recorded.\n"
     return f"## Training data\n\n{table}\nThe patients' images are not part of this repository.\n\n"
 
 
+def _listed(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
 def _licence(record: dict[str, Any]) -> str:
-    teacher = record.get("teacher")
-    if not isinstance(teacher, dict):
+    teachers = teachers_of(record)
+    if not teachers:
         return f"## Licence\n\n{record.get('licence') or 'Not stated.'} No teacher is recorded.\n"
-    inherited = record.get("licence") == teacher.get("licence")
+    inherited = all(record.get("licence") == teacher.get("licence") for teacher in teachers)
     how = "inherited from the teacher" if inherited else "chosen by its owner"
     own = f"This model: {record['licence']}, {how}." if record.get("licence") else "This model: not stated."
-    of = f"The teacher {teacher.get('name', '?')}: {teacher.get('licence') or 'unknown'}."
-    notice = licence_notice(teacher)
+    of = " ".join(f"The teacher {each.get('name', '?')}: {each.get('licence') or 'unknown'}." for each in teachers)
+    notice = licence_notices(record)
     return f"## Licence\n\n{own} {of}\n" + (f"\n{notice}\n" if notice else "")
 
 
@@ -174,12 +181,12 @@ def _refuse_push(record: dict[str, Any], target: str) -> None:
     """Refuse an upload that a licence may forbid, and one without a token: before anything is written."""
     from huggingface_hub import get_token
 
-    teacher = record.get("teacher")
-    if not isinstance(teacher, dict) or teacher.get("derivatives") is not True:
+    teachers = teachers_of(record)
+    if not teachers or any(teacher.get("derivatives") is not True for teacher in teachers):
         raise ModelError(
             "a model whose teacher's licence is not known to allow derived works is not uploaded",
             where=f"--push {target}",
-            got=teacher.get("licence") if isinstance(teacher, dict) else None,
+            got=", ".join(str(teacher.get("licence")) for teacher in teachers) or None,
             remedy="leave out --push; with the permission of the teacher's owners, upload the folder with `hf upload`",
         )
     if record["licence"] is None:

@@ -20,7 +20,7 @@ from histill.export import int8
 from histill.export.config import ExportConfig
 from histill.export.verify import BOUNDS, as_record, check, compare, draw_tiles, scores
 from histill.models.bundle import Bundle, read_bundle
-from histill.models.card import licence_notice
+from histill.models.card import licence_notices, teachers_of
 from histill.models.engines import open_engine
 from histill.models.engines.capture import need, to_openvino, write_onnx
 from histill.models.engines.folder import ENGINES_OF, RECORD, Exported, Kind, is_export
@@ -177,15 +177,18 @@ def _verify(
 
 
 def _provenance(bundle: Bundle, kind: Kind, config: ExportConfig, calibrated: int) -> dict[str, Any]:
-    teacher = bundle.provenance.get("teacher")
     facts: dict[str, Any] = {
         "input": _input(bundle, pixels=config.pixels),
         "outputs": {
             "cls": "float32 (B, D), the class token",
             "patches": "float32 (B, H, W, D), the patch tokens in their grid",
         },
-        "bundle": {"name": config.bundle.resolve().name, "architecture": bundle.architecture, "teacher": teacher},
-        "licence_notice": licence_notice(teacher) if isinstance(teacher, dict) else None,
+        "bundle": {
+            "name": config.bundle.resolve().name,
+            "architecture": bundle.architecture,
+            "teachers": teachers_of(bundle.provenance),
+        },
+        "licence_notice": licence_notices(bundle.provenance),
         "config": to_dict(config),
         "versions": {"histill": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "timm", *_LIBRARIES[kind])},

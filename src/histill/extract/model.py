@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from histill.errors import ConfigError, ModelError
 from histill.extract.config import ExtractConfig
+from histill.models.card import teachers_of
 from histill.models.encoder import Embedding
 from histill.models.engines import Engine, open_engine
 from histill.models.sources import read_record, resolve
@@ -40,19 +41,26 @@ class Known:
 
 
 def known_of(model: str) -> Known:
-    """Look a model up: its row of the table, or its ``histill.json`` and there the row of its teacher."""
+    """Look a model up: its row of the table, or its ``histill.json`` and there the rows of its teachers.
+
+    Teachers of several scales leave their student several; colours are normalised as for the first one.
+    """
     source = resolve(model)
-    spec = source.spec
     record: dict[str, Any] = read_record(Path(source.target)) if source.prefix == "local-dir" else {}
-    if spec is None:
-        teacher = record.get("teacher")
-        spec = TEACHERS.get(str(teacher.get("name"))) if isinstance(teacher, dict) else None
-    mpp = record.get("mpp") or (spec.mpp if spec else None)
+    names = [str(teacher.get("name")) for teacher in teachers_of(record)]
+    specs = [source.spec] if source.spec else [TEACHERS[name] for name in names if name in TEACHERS]
+    spec = specs[0] if specs else None
+    scales = {each for found in specs for each in _as_tuple(found.mpp)}
+    mpp = _as_tuple(record.get("mpp")) or tuple(sorted(scales))
     return Known(
-        mpp=tuple(float(each) for each in (mpp if isinstance(mpp, Sequence) else [mpp])) if mpp else None,
+        mpp=mpp or None,
         mean=tuple(record["mean"]) if "mean" in record else spec.mean if spec else None,
         std=tuple(record["std"]) if "std" in record else spec.std if spec else None,
     )
+
+
+def _as_tuple(mpp: float | Sequence[float] | None) -> tuple[float, ...]:
+    return tuple(map(float, mpp)) if isinstance(mpp, Sequence) else () if mpp is None else (float(mpp),)
 
 
 def settle_mpp(config: ExtractConfig, known: Known) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["HUB_LICENCES", "licence_notice", "model_card", "with_benchmarks"]
+__all__ = ["HUB_LICENCES", "licence_notice", "licence_notices", "model_card", "teachers_of", "with_benchmarks"]
 
 # licences that the hub knows by an identifier of its own; each of them allows derived works
 HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0"}
@@ -36,6 +36,18 @@ def licence_notice(teacher: dict[str, Any]) -> str | None:
     return None
 
 
+def teachers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """All teachers of a provenance, the first one first: see :func:`histill.models.bundle.teacher_record`."""
+    further = record.get("further_teachers")
+    found = [record.get("teacher"), *(further if isinstance(further, list) else [])]
+    return [teacher for teacher in found if isinstance(teacher, dict)]
+
+
+def licence_notices(record: dict[str, Any]) -> str | None:
+    """Say what the licences of all teachers mean for a student; None if each of them allows derived works."""
+    return "\n\n".join(filter(None, map(licence_notice, teachers_of(record)))) or None
+
+
 def model_card(name: str, config: dict[str, Any], record: dict[str, Any]) -> str:
     """Write ``README.md``: the hub's YAML head, licence notices, how to use the model, what it was made from.
 
@@ -48,10 +60,8 @@ def model_card(name: str, config: dict[str, Any], record: dict[str, Any]) -> str
     record
         The bundle's ``histill.json``.
     """
-    teacher = record.get("teacher")
-    teacher = teacher if isinstance(teacher, dict) else None
-    parts = [_head(record), f"# {name}\n", _licences(record, teacher), _usage(name, config, record)]
-    parts += [_origin(config, record, teacher), _metrics(record)]
+    parts = [_head(record), f"# {name}\n", _licences(record), _usage(name, config, record)]
+    parts += [_origin(config, record), _metrics(record)]
     return "\n".join(part for part in parts if part)
 
 
@@ -66,11 +76,9 @@ def _head(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-def _licences(record: dict[str, Any], teacher: dict[str, Any] | None) -> str:
-    lines = []
-    notice = licence_notice(teacher) if teacher else None
-    if notice:
-        lines.append(f"> **WARNING.** {notice}\n")
+def _licences(record: dict[str, Any]) -> str:
+    notices = filter(None, map(licence_notice, teachers_of(record)))
+    lines = [f"> **WARNING.** {notice}\n" for notice in notices]
     lines.append(f"Licence of this model: {record.get('licence') or 'its owner has not stated one yet'}.")
     lines.append("For research; not a medical device.\n")
     return "\n".join(lines)
@@ -100,10 +108,10 @@ Embedding: **{record["embedding"]}**, {words}, {width} numbers. The metrics belo
 """
 
 
-def _origin(config: dict[str, Any], record: dict[str, Any], teacher: dict[str, Any] | None) -> str:
+def _origin(config: dict[str, Any], record: dict[str, Any]) -> str:
     rows = [("architecture", f"`{config['architecture']}` with `{json.dumps(config['model_args'])}`")]
     rows.append(("parameters", f"{record['params']:,}"))
-    if teacher:
+    for teacher in teachers_of(record):
         rows.append(("teacher", str(teacher.get("name", "?"))))
         rows.append(("licence of the teacher", str(teacher.get("licence") or "unknown")))
         if teacher.get("source_url"):
