@@ -241,7 +241,11 @@ def test_each_objective_alone(terms: str, small_teacher: Path, small_tiles: Path
         "--scale.micro-tiles=3",
         "--scale.pack=True",
         "--scale.checkpoint-activations=True",
-        pytest.param("--scale.compile=True", marks=pytest.mark.slow),
+        pytest.param(
+            "--scale.compile=True",
+            # dynamo asks tensors for their gradients, and torch warns of it
+            marks=[pytest.mark.slow, pytest.mark.filterwarnings(r"ignore:The \.grad attribute")],
+        ),
     ],
 )
 def test_the_layout_in_memory_does_not_change_the_losses(
