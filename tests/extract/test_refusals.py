@@ -40,6 +40,18 @@ def test_a_model_that_does_not_say_its_scale_needs_one(
     assert "1 um/px" in capsys.readouterr().err
 
 
+def test_teachers_of_several_scales_leave_their_student_several(
+    drawn: Path, make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = {"name": "h-optimus-0"}, {"name": "midnight-12k"}
+    one = make_bundle(tmp_path / "one", provenance={"teacher": first})
+    assert extract(drawn / "a.svs", one, tmp_path / "out") == 0, "0.5 um/px, by the table"
+    both = make_bundle(tmp_path / "both", provenance={"teacher": first, "further_teachers": [second]})
+    assert extract(drawn / "a.svs", both, tmp_path / "more") == 1
+    assert "made for 0.25, 0.5, 1, 2" in capsys.readouterr().err
+    assert extract(drawn / "a.svs", both, tmp_path / "more", "--mpp", 0.5) == 0
+
+
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_a_model_with_another_normalisation_is_refused_with_both(
     name: str, drawn: Path, make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

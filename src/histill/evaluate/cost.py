@@ -10,10 +10,7 @@ Shapes: N tiles, H and W pixels.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from histill import files
 from histill.evaluate.embedding import EncoderEmbedder
 from histill.models.encoder import Encoder
+from histill.models.machine import held_bytes, peak_bytes, processor_name
 from histill.synthetic import KINDS, SCANNERS, STAINS, draw_tile, render, slide_effects
 
 __all__ = ["Cost", "cost_of", "count_macs", "measure"]
@@ -92,7 +90,15 @@ def cost_of(embedder: EncoderEmbedder, folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return asdict(measure(embedder))
     device = next(embedder.encoder.parameters()).device
-    facts = (_PROTOCOL, embedder.weights, embedder.input_px, embedder.precision, *_machine(device), _engine())
+    facts = (
+        _PROTOCOL,
+        embedder.weights,
+        embedder.input_px,
+        embedder.precision,
+        processor_name(device),
+        torch.get_num_threads(),
+        _engine(),
+    )
     path = folder / f"cost-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
     if not path.exists():
         files.write_json(path, asdict(measure(embedder)))
@@ -112,7 +118,6 @@ def measure(embedder: EncoderEmbedder) -> Cost:
     speed, yardstick = _rounds(lambda: embedder.embed(timed_NHW3), device, embedder.precision)
     grown, rule = _peak(lambda: embedder.embed(held_NHW3), device)
     weights = sum(each.nbytes for each in (*embedder.encoder.parameters(), *embedder.encoder.buffers()))
-    processor, threads = _machine(device)
     return Cost(
         parameters=sum(each.numel() for each in embedder.encoder.parameters()),
         macs_per_tile=count_macs(embedder.encoder, embedder.input_px),
@@ -120,8 +125,8 @@ def measure(embedder: EncoderEmbedder) -> Cost:
         memory_bytes=None if grown is None else weights + grown,
         memory_batch=held,
         memory_rule=rule,
-        processor=processor,
-        threads=threads,
+        processor=processor_name(device),
+        threads=torch.get_num_threads(),
         batch=count,
         input_px=embedder.input_px,
         precision=embedder.precision,
@@ -184,44 +189,13 @@ def _rounds(run: Callable[[], object], device: torch.device, precision: str) -> 
 
 
 def _peak(run: Callable[[], object], device: torch.device) -> tuple[int | None, str]:
-    """Bytes that a run needs beyond what was there before it, and how that was found.
-
-    On a processor this is the peak of resident memory less its start. The peak that a process reports counts from its
-    beginning; Linux sets it back to the present on request (proc(5), clear_refs). What earlier work left in the
-    allocator's hands is given back first, or else the run would use it unseen.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before, "weights and peak of CUDA memory allocated by torch"
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        run()
-        return max(0, _resident("VmHWM") - before), "weights and peak of resident memory less its start"
-    except (OSError, AttributeError, TypeError):
+    """Bytes that a run needs beyond what was there before it, and how that was found."""
+    before = held_bytes(device)
+    peak = None if before is None else peak_bytes(run, device)
+    if before is None or peak is None:
         return None, "not measured: this system does not tell the peak of a part of a process"
-
-
-def _resident(field: str) -> int:
-    """Bytes of a field of ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _machine(device: torch.device) -> tuple[str, int]:
-    """Name of what computes, and torch's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device), torch.get_num_threads()
-    names: list[str] = []
-    if (table := Path("/proc/cpuinfo")).is_file():
-        lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names[0] if names else platform.processor() or platform.machine()), torch.get_num_threads()
+    what = "CUDA memory allocated by torch" if device.type == "cuda" else "resident memory less its start"
+    return max(0, peak - before), f"weights and peak of {what}"
 
 
 def _engine() -> str:

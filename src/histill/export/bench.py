@@ -5,9 +5,6 @@ Shape legend: B images, C = 3 colours, H and W pixels.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from histill.models.engines import ENGINES, Engine, open_engine
 from histill.models.engines.choose import in_turns
 from histill.models.engines.folder import is_export, read_export
 from histill.models.engines.open import engine_of, full_name
+from histill.models.machine import held_bytes, peak_bytes, processor_name
 
 __all__ = ["Row", "bench"]
 
@@ -108,7 +106,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         "rounds": config.rounds,
         "threads": threads,
         "device": config.device,
-        "processor": _processor(config.device),
+        "processor": processor_name(torch.device(config.device)),
         "versions": {"histill": __version__, "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -139,8 +137,8 @@ def _pairs(config: BenchConfig) -> list[tuple[str, str]]:
 
 def _open(model: str, name: str, config: BenchConfig) -> _Opened:
     """Open one and run it once, watching the memory."""
-    cuda = torch.device(config.device).type == "cuda"
-    held = _held(cuda)
+    device = torch.device(config.device)
+    held = held_bytes(device)
     if is_export(model):
         exported = read_export(Path(model).expanduser())
         parameters, macs = exported.parameters, exported.macs
@@ -156,11 +154,13 @@ def _open(model: str, name: str, config: BenchConfig) -> _Opened:
 
     def run() -> None:
         engine(images_BCHW)
-        if cuda:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     run()
-    return _Opened(engine=engine, run=run, memory=_peak(run, held, cuda), parameters=parameters, macs=macs)
+    peak = None if held is None else peak_bytes(run, device)
+    memory = None if held is None or peak is None else max(0, peak - held)
+    return _Opened(engine=engine, run=run, memory=memory, parameters=parameters, macs=macs)
 
 
 def _row(model: str, opened: _Opened, times: list[float], first: list[float], batch: int) -> Row:
@@ -179,48 +179,3 @@ def _row(model: str, opened: _Opened, times: list[float], first: list[float], ba
         parameters=opened.parameters,
         macs=opened.macs,
     )
-
-
-def _held(cuda: bool) -> int | None:
-    """Bytes that the process holds now; on a GPU, those that torch holds there."""
-    gc.collect()
-    if cuda:
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier work left with the allocator goes back first
-        return _resident("VmRSS")
-    except (OSError, AttributeError, StopIteration):
-        return None
-
-
-def _peak(run: Callable[[], None], held: int | None, cuda: bool) -> int | None:
-    """Bytes held at the peak of a run beyond ``held``. Linux sets its peak back on request (proc(5), clear_refs)."""
-    if held is None:
-        return None
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - held
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        run()
-        return max(0, _resident("VmHWM") - held)
-    except OSError:
-        return None
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _processor(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
