@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         loss.backward()
         optimiser.step()
         schedule.step()
-    print(f"last loss {float(loss):.3f}")
+    print(f"last loss {loss.item():.3f}")
     write_bundle(
         config.out,
         model.eval(),
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         mean=HALF,
         std=HALF,
         input_px=112,
-        provenance={"made_by": "examples/make_second_teacher.py", "steps": config.steps, "last_loss": float(loss)},
+        provenance={"made_by": "examples/make_second_teacher.py", "steps": config.steps, "last_loss": loss.item()},
         card="# A second teacher\n\nFor experiments with two teachers. Made by `examples/make_second_teacher.py`.\n",
     )
 
