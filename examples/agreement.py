@@ -30,7 +30,7 @@ class AgreementConfig:
     table: Path
     """CSV with path and split, beside the tiles."""
     split: str = "test"
-    """Which rows."""
+    """Which rows; empty: all of them."""
     input_px: int = 112
     """Side of the tiles; each model gets the nearest multiple of its patch."""
 
@@ -38,7 +38,8 @@ class AgreementConfig:
 def main(argv: list[str]) -> None:
     """Embed the tiles with each model, and print CKA of every pair."""
     config = configs.parse(AgreementConfig, argv, prog="agreement.py", description="CKA between models.")
-    others = [row["path"] for row in read_table(config.table, ["path", "split"]) if row["split"] != config.split]
+    rows = read_table(config.table, ["path", "split"]) if config.split else []
+    others = [row["path"] for row in rows if row["split"] != config.split]
     source = ImageFolder.scan(config.table.parent, table=config.table, hold_out=others)
     tiles_NCHW = sample_tiles(source, len(source), config.input_px)
     tiles_NHWC = tiles_NCHW.permute(0, 2, 3, 1).numpy()
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
         features[name] = np.concatenate(
             [embedder.embed(tiles_NHWC[first : first + 64]) for first in range(0, len(tiles_NHWC), 64)]
         )
-    print(f"{len(tiles_NHWC)} tiles of {config.table.name}, split {config.split}; linear CKA of class tokens")
+    print(f"{len(tiles_NHWC)} tiles of {config.table.name}, split {config.split or 'any'}; linear CKA of class tokens")
     for name, own in features.items():
         print(f"{name:50}", *(f"{linear_cka(own, other):.3f}" for other in features.values()))
 
