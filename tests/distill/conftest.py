@@ -30,3 +30,9 @@ def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiles") / "set"
     write_tile_set(folder, tiles=48, slides=12, tile_px=64, fields=6, seed=1)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run inside of the tests' process do not change how it allocates for all tests after them."""
+    monkeypatch.setattr("histill.distill.precision.keep_freed_memory", lambda device: False)

@@ -21,7 +21,6 @@ from histill.distill.config import DistillConfig
 from histill.distill.learner import Learner
 from histill.distill.loop import step_batches, train
 from histill.distill.parts import Parts, build, untrained_student
-from histill.distill.precision import keep_freed_memory, pick_device
 from histill.distill.progress import Stopwatch
 from histill.distill.record import Stop, one_process, read_rows, require_tensorboard
 from histill.distill.share import StepShare
@@ -116,7 +115,6 @@ class _Run:
         newest = checkpoint.latest(folder / "checkpoints") if (folder / "plan.json").exists() else None
         (name,) = set(ranks.gather_json(newest.name if newest else None))
         self.newest = None if name is None else folder / "checkpoints" / name
-        keep_freed_memory(pick_device(config.device))
         self.parts = build(config, folder, ranks=ranks, fresh=self.newest is None)
         for record in self.parts.teacher_records:
             notice = licence_notice(record)
