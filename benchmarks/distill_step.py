@@ -6,6 +6,7 @@ threads that wait, too, unless OMP_WAIT_POLICY=PASSIVE is set; then waking them 
 
     python benchmarks/distill_step.py                     two students behind a large teacher, on the CPU
     python benchmarks/distill_step.py --what layout       packing, compile and precision with the preset `cpu`
+    python benchmarks/distill_step.py --what layout --give-back     the same while glibc gives memory back
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from histill.distill.presets import PRESETS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=["students", "layout"], default="students")
+    parser.add_argument(
+        "--give-back", action="store_true", help="leave the allocator as it is: no freed memory is kept"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--teacher", default="timm:vit_base_patch14_reg4_dinov2")
@@ -42,9 +46,7 @@ def students(options: argparse.Namespace) -> None:
         views=dataclasses.replace(PRESETS["tokens"].views, global_px=112),
     )
     pair = ("vit-tiny", "vit-micro")
-    times = timed(
-        {"+".join(names): with_students(base, *names) for names in (pair, pair[:1], pair[1:])}, options.rounds
-    )
+    times = timed({"+".join(names): with_students(base, *names) for names in (pair, pair[:1], pair[1:])}, options)
     show(times, base.batch_tiles)
     wall, cpu = (times["+".join(pair)][i] / sum(times[name][i] for name in pair) for i in (0, 1))
     print(f"together / apart       {wall:8.3f} wall  {cpu:8.3f} cpu   (teacher {options.teacher})")
@@ -71,7 +73,7 @@ def layouts(options: argparse.Namespace) -> None:
         for name, scale in scaled.items()
     }
     configs["float32"] = dataclasses.replace(base, precision="fp32")
-    times = timed(configs, options.rounds)
+    times = timed(configs, options)
     show(times, base.batch_tiles)
     for name, (wall, cpu) in times.items():
         print(f"{name:22} / plain {wall / times['plain'][0]:.3f} wall  {cpu / times['plain'][1]:.3f} cpu")
@@ -82,14 +84,17 @@ def show(times: dict[str, tuple[float, float]], tiles: int) -> None:
         print(f"{name:22} {1e3 * wall / tiles:8.2f} ms a tile wall  {1e3 * cpu / tiles:8.2f} cpu")
 
 
-def timed(configs: dict[str, DistillConfig], rounds: int) -> dict[str, tuple[float, float]]:
+def timed(configs: dict[str, DistillConfig], options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Median seconds and CPU seconds a step of each, in turns; two rounds warm up."""
     runs = {
-        name: (random_parts(config, PlanConfig()), random_batch(config.batch_tiles, 128))
+        name: (
+            random_parts(config, PlanConfig(), keep_memory=not options.give_back),
+            random_batch(config.batch_tiles, 128),
+        )
         for name, config in configs.items()
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
+    for number in range(options.rounds + 2):
         for name, (parts, batch) in runs.items():
             wall, cpu = time.perf_counter(), time.process_time()
             one_step(parts, batch, number)

@@ -54,10 +54,11 @@ def random_teacher(name: str, device: torch.device, autocast: torch.autocast) ->
     return encoder.to(device)
 
 
-def random_parts(config: DistillConfig, plan: PlanConfig) -> Parts:
+def random_parts(config: DistillConfig, plan: PlanConfig, *, keep_memory: bool = True) -> Parts:
     """A built run; prototypes are random directions."""
     device = pick_device(config.device)
-    keep_freed_memory(device)
+    if keep_memory:
+        keep_freed_memory(device)
     autocast = autocast_for(device, config.precision)
     generator = torch.Generator().manual_seed(1)
     teachers = []

@@ -383,7 +383,8 @@ def write_student(
         std=product.std,
         input_px=parts.config.views.global_px,
         provenance={
-            **({"teacher": first} | ({"further_teachers": further} if further else {})),
+            "teacher": first,
+            **({"further_teachers": further} if further else {}),
             "config": configs.to_dict(parts.config),
             "data": {"tiles": summary["plan"]["tiles"], "fingerprint": summary["plan"]["tiles_fingerprint"]},
             "steps": summary["steps"],
