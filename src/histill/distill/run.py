@@ -297,7 +297,7 @@ class _Run:
         name = f"{learner.name}, " if len(self.parts.learners) > 1 else ""
         self.console.print(f"{name}after {step} steps: " + ", ".join(shown), highlight=False)
         if warning:
-            self.console.print(f"[bold red]COLLAPSE: {warning}[/]")
+            self.console.print(f"[bold red]{warning}[/]")
         return {
             "agreement": agreement,
             "agreements": {name: found for name, (found, _) in looked.items()},
