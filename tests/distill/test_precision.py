@@ -18,9 +18,10 @@ from histill.distill.precision import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory(torch.device("cpu"))
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -32,8 +33,9 @@ def test_kept_memory_is_not_cleared_by_the_kernel_again() -> None:
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)
         for how in ("as it comes", "kept")
     }
-    # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB; the heap may grow once more.
-    assert faults["as it comes"] >= 10 * 32
+    # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB. The heap grows until its gaps fit (three times at the most that was
+    # seen), so the first ten allocations do not count, and of the twenty that do four may still make it grow.
+    assert faults["as it comes"] >= 20 * 32
     assert faults["kept"] <= 0.2 * faults["as it comes"]
 
 
