@@ -1,7 +1,7 @@
 """Every engine on the H0-mini architecture at 224 px, in turns in one run, against the processor's matrix peak.
 
-    python benchmarks/inference.py --folder /tmp/inference --prepare     # bundle and exports, some minutes
-    python benchmarks/inference.py --folder /tmp/inference               # measure
+    python benchmarks/inference.py --folder FOLDER --prepare     # bundle and exports, some minutes
+    python benchmarks/inference.py --folder FOLDER               # measure
 
 The weights are random: speed does not depend on them, once no scale is one and no shift is zero, which graph libraries
 would leave out. int8 is calibrated on drawn tissue; how well int8 keeps the

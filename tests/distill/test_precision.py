@@ -33,8 +33,8 @@ def test_kept_memory_is_not_cleared_by_the_kernel_again() -> None:
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)
         for how in ("as it comes", "kept")
     }
-    # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB. The heap grows until its gaps fit (three times at the most that was
-    # seen), so the first ten allocations do not count, and of the twenty that do four may still make it grow.
+    # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB. The heap grows until its gaps fit (three times at most, as far
+    # as was seen), so the first ten allocations do not count, and of the twenty that do four may still make it grow.
     assert faults["as it comes"] >= 20 * 32
     assert faults["kept"] <= 0.2 * faults["as it comes"]
 

@@ -21,6 +21,7 @@ from histill.distill import run
 from histill.distill.checking import held_out_paths
 from histill.distill.checkpoint import latest
 from histill.distill.record import one_process, read_rows
+from histill.errors import ConfigError
 from histill.models import read_bundle
 from histill.tiles.images import ImageFolder
 from histill.tiles.order import tile_at
@@ -415,3 +416,12 @@ def test_damaged_checkpoint_is_named(
     newest: Any = latest(tmp_path / "run" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:1000])
     fails(arguments, capsys, "checkpoint cannot be read", newest.name)
+
+
+def test_the_package_is_the_function_too() -> None:
+    import histill
+    from histill.distill import DistillConfig, distill
+
+    for named in (histill.distill, histill.distill, distill):
+        with pytest.raises(ConfigError, match="missing"):
+            named(DistillConfig())

@@ -1,7 +1,9 @@
-"""Teacher to student. :func:`distill` runs one distillation."""
+"""Teacher to student. The package is a function too: ``histill.distill(config)``."""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from histill.distill.config import DistillConfig
@@ -20,3 +22,15 @@ def __getattr__(name: str) -> Any:
 
         return distill
     raise AttributeError(f"module 'histill.distill' has no attribute {name!r}")
+
+
+class _CallablePackage(ModuleType):
+    """``histill.distill`` is this package as soon as any part of it is imported, and a function to its users."""
+
+    def __call__(self, config: DistillConfig, **options: Any) -> dict[str, Any] | None:
+        from histill.distill.run import distill
+
+        return distill(config, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -25,7 +25,8 @@ presets:
 
 histill distill PRESET --teacher NAME --plan   parameters, operations, memory, days and GPU-hours, before anything is
                                                loaded (--plan.world 8 --plan.gpu h100 --plan.utilisation 0.4)
-histill distill PRESET --help   every option with the preset's values
+histill distill PRESET --help          every option with the preset's values
+histill distill PRESET --plan --help   the options of a plan
 """
 
 
@@ -47,6 +48,8 @@ def run(argv: list[str]) -> int:
             remedy=nearest(name, PRESETS) or "see histill distill --help",
         )
     planning = "--plan" in rest
+    if planning and {"-h", "--help"} & set(rest):
+        return _plan_help(name)
     options, plan_options = _split(rest)
     config = configs.parse(
         DistillConfig,
@@ -94,6 +97,19 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
             values = plan_options if argument.startswith("--plan.") else options
         values.append(argument.replace("--plan.", "--", 1) if values is plan_options else argument)
     return options, plan_options
+
+
+def _plan_help(name: str) -> int:
+    from histill.distill.plan_config import PlanConfig
+
+    configs.parse(
+        PlanConfig,
+        ["--help"],
+        prog=f"histill distill {name} --plan",
+        description="What a run would cost. Write these options with plan. before the name, as --plan.world 8; those "
+        f"of the run stand in histill distill {name} --help.",
+    )
+    return 0
 
 
 def _plan(config: DistillConfig, argv: list[str], name: str) -> int:

@@ -11,7 +11,7 @@ __all__ = ["PRESETS"]
 # length: these are DINOv2's or ours, never "the paper's".
 H0_MINI = DistillConfig(
     student=("h0-mini",),
-    batch_tiles=64,  # ten crops a tile: about what a ViT-B/14 in bfloat16 fits into 80 GB (by reckoning, not measured)
+    batch_tiles=64,  # ten crops a tile; 128 take 57 GB of a GPU by histill distill --plan, which was not measured
     views=ViewConfig(global_px=224, local_px=98),
     objective=ObjectiveConfig(fit_tiles=524_288),  # 65,536 class prototypes on a set of that size
 )

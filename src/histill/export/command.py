@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
         argv,
         prog="histill export",
         description="Turn a bundle into a model for onnxruntime or OpenVINO, or into a folder for the hub. Each export "
-        "is compared with the bundle on real tiles, and kept only if it agrees.",
+        "for an engine is compared with the bundle on real tiles, and kept only if it agrees.",
         flags=True,
     )
     config.require_complete()

@@ -14,7 +14,7 @@ __all__ = ["run"]
 
 _DESCRIPTION = """Slides and a model -> one feature file a slide, as TRIDENT's and CLAM's tools read them. The same
 command again does only what is missing, also inside a slide. Exit status: 0 all slides done, 2 some slides failed
-(slides.csv says why), 1 nothing could be done.
+(slides.csv says why), 1 the run could not be carried out.
 
 histill extract SLIDES... --model BUNDLE --out OUT
 

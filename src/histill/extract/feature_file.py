@@ -86,12 +86,13 @@ def require_zarr() -> Any:
     try:
         import zarr
     except ImportError:
-        raise MissingExtraError("zarr is not installed", where="--format zarr", remedy="pip install zarr") from None
+        remedy = "pip install 'histill[zarr]'"
+        raise MissingExtraError("zarr is not installed", where="--format zarr", remedy=remedy) from None
     return zarr
 
 
 def write_zarr(path: Path, slide: SlideFeatures) -> None:
-    """Write the same arrays and attributes as a Zarr group, for lazy reading."""
+    """Write the same as a Zarr group, for lazy reading; failed_tiles is an attribute there."""
     zarr, count = require_zarr(), len(slide.order_K)
     with files.atomic_folder(path) as temporary:
         group = zarr.open_group(str(temporary), mode="w")

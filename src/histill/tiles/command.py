@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 _DESCRIPTION = """Cut slides into a tile set that training streams from: shards of JPEG tiles at an exact scale and one
 index. The same command again does only what is missing. Exit status: 0 all slides done, 2 some slides failed
-(slides.csv says why), 1 nothing could be done.
+(slides.csv says why), 1 the run could not be carried out.
 
 histill tile SLIDES... --out SET: make or complete a set
 
