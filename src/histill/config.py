@@ -105,10 +105,27 @@ def _plain(value: Any) -> Any:
 def from_dict(config_class: type[T], values: dict[str, Any], *, where: str = "config") -> T:
     """Build a config from JSON values; an unknown key or a value of a wrong type is an error.
 
+    Parameters
+    ----------
+    config_class
+        A frozen dataclass; the fields' type hints decide what is taken.
+    values
+        Field -> JSON value (None, bool, number, text, list, dict), as :func:`to_dict` makes them. A field that is
+        absent keeps its default.
+    where
+        Start of the fields' names in an error.
+
+    Returns
+    -------
+    config_class
+        An instance: text has become paths, lists tuples, dicts dataclasses, and whole numbers floats where a float is
+        due.
+
     Raises
     ------
     ConfigError
-        With the field's full name, what was got and what is allowed.
+        An unknown or missing key, a wrong type, a value that is not offered, a number that is not finite, or what the
+        class itself refuses; with the field's full name, what was got and what is allowed.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)

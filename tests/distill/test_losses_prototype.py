@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,17 @@ def test_an_image_without_masks_counts_in_the_divisor() -> None:
     torch.testing.assert_close(token_weights(mask_BN), expected_BN)
     nothing = ibot_loss(normal(5, 3, 4, 6), torch.full((3, 4, 6), 1 / 6), torch.zeros(3, 4, dtype=torch.bool))
     assert nothing.item() == 0.0
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int64])
+def test_rows_outside_the_mask_may_be_anything(kind: torch.dtype) -> None:
+    mask_BN = torch.tensor([[1, 0, 1], [0, 0, 1]]).to(kind)
+    student, targets = normal(6, 2, 3, 5), torch.softmax(normal(7, 2, 3, 5), dim=-1)
+    broken_student, broken_targets = student.clone(), targets.clone()
+    broken_student[0, 1], broken_targets[1, 0], broken_targets[0, 1] = math.nan, math.nan, math.inf
+    plain, broken = student.requires_grad_(), broken_student.requires_grad_()
+    expected, found = ibot_loss(plain, targets, mask_BN), ibot_loss(broken, broken_targets, mask_BN)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(broken.grad, plain.grad, rtol=0, atol=0)

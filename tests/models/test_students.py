@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -174,3 +175,9 @@ def _gated():
     return timm.create_model(
         "vit_giant_patch14_reg4_dinov2", num_classes=0, embed_dim=128, depth=4, num_heads=2, img_size=28
     )
+
+
+@pytest.mark.parametrize("options", [{"init": "banana"}, {"init": "layers"}, {"init": None}, {"layers": (0, 1)}])
+def test_a_start_that_does_not_exist_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no such start"):
+        build_student("vit-nano", **options)

@@ -36,6 +36,56 @@ def test_lossless_formats_come_back_as_they_were() -> None:
         np.testing.assert_array_equal(decode(encoded(kind), name), picture())
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_keeps_its_grey(kind: str) -> None:
+    grey_HW = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    file = io.BytesIO()
+    Image.fromarray(grey_HW).save(file, kind)
+    expected_HW = np.rint(grey_HW / 257)
+    for channel in range(3):
+        np.testing.assert_array_equal(decode(file.getvalue(), f"x.{kind.lower()}")[:, :, channel], expected_HW)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_known_range_are_refused(dtype: type) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1, dtype=dtype)).save(file, "TIFF")
+    with pytest.raises(UnreadableTileError, match="32 bits"):
+        decode(file.getvalue(), "x.tif")
+
+
+def test_what_shines_through_is_white() -> None:
+    pixels = np.dstack([picture(), np.full((24, 40), 255, np.uint8)])
+    pixels[:12, :, 3] = 0
+    pixels[12, 0, 3] = 51
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    found = decode(file.getvalue(), "x.png")
+    assert (found[:12] == 255).all()
+    np.testing.assert_array_equal(found[13:], picture()[13:])
+    np.testing.assert_allclose(found[12, 0], 0.2 * picture()[12, 0] + 0.8 * 255, atol=1)
+
+
+def test_a_picture_beyond_the_limit_is_refused_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").write_bytes(encoded("PNG"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableTileError, match=r"x\.png"):
+        image_px(tmp_path / "x.png")
+
+
+def test_a_loop_of_links_shows_each_tile_once(folder: Path) -> None:
+    (folder / "a" / "again").symlink_to(folder, target_is_directory=True)
+    assert ImageFolder.scan(folder).paths == ("a/1.JPG", "b/2.jpg", "c.png")
+
+
+def test_a_name_that_is_not_utf8_is_refused_by_name(folder: Path) -> None:
+    import os
+
+    os.close(os.open(os.fsencode(folder) + b"/\xff.jpg", os.O_CREAT))
+    with pytest.raises(DataError, match="not UTF-8"):
+        ImageFolder.scan(folder)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_equals_pillow(mode: str) -> None:
     data = encoded("JPEG", mode, quality=95, subsampling=0)

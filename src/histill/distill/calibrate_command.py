@@ -23,7 +23,7 @@ class CalibrateConfig:
     bundle: Path | None = None
     """Folder of the finished model bundle."""
     tiles: Path | None = None
-    """Folder of tile images on which mean and variance are measured."""
+    """Tile images (a folder of them, or a set of histill tile) on which mean and variance are measured."""
     out: Path | None = None
     """Folder of the new bundle; the old one stays as it is."""
     tables: tuple[Path, ...] = ()
@@ -54,7 +54,15 @@ def run(argv: list[str]) -> int:
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Write a calibrated copy of a bundle; returns its scores before and after."""
+    """Write a calibrated copy of a bundle; returns its scores before and after.
+
+    Raises
+    ------
+    ConfigError
+        The new bundle would replace the old one, that one is calibrated already, or ``tiles`` are slides.
+    ModelError, DataError
+        A bundle, tiles or tables that cannot be used.
+    """
     import torch
 
     from histill.distill.checking import Checker, check_tables, held_out_paths, sample_tiles

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from histill import files
+from histill.errors import DataError
 from histill.evaluate.agreement import collapse_warning, effective_rank, knn_overlap, linear_cka, mean_pairwise_cosine
 from histill.evaluate.checks import Check, find_checks, kind_of, load_check
 from histill.evaluate.embedding import EncoderEmbedder
@@ -65,6 +66,13 @@ class Checker:
         Number of tiles for the agreement.
     autocast
         Precision of the networks.
+    lenient
+        Leave out a table that cannot be scored, with a note, instead of raising: for tables that nobody asked for.
+
+    Raises
+    ------
+    DataError
+        No tile can be read, or a table cannot be scored.
     """
 
     def __init__(
@@ -74,9 +82,19 @@ class Checker:
         image_px: int,
         agreement_tiles: int,
         autocast: torch.autocast,
+        *,
+        lenient: bool = False,
     ) -> None:
         self.image_px, self._autocast = image_px, autocast
-        self.checks: dict[str, Check] = {table.stem: load_check(table, image_px) for table in tables}
+        self.checks: dict[str, Check] = {}
+        self._left_out: list[str] = []
+        for table in tables:
+            try:
+                self.checks[table.stem] = load_check(table, image_px)
+            except DataError as error:
+                if not lenient:
+                    raise
+                self._left_out.append(f"{table.name} is not scored: {' '.join(str(error).split())}")
         self._tiles_NCHW = sample_tiles(source, agreement_tiles, image_px)
         self._teachers_ND: dict[str, NDArray[np.float32]] = {}
 
@@ -94,7 +112,7 @@ class Checker:
 
     def notes(self) -> list[str]:
         """What a reader of the scores should know, such as tiles of a table that cannot be read."""
-        return [f"{name}: {note}" for name, check in self.checks.items() for note in check.notes]
+        return self._left_out + [f"{name}: {note}" for name, check in self.checks.items() for note in check.notes]
 
     def agreement(self, student: Encoder, teacher: Encoder) -> tuple[dict[str, float], str | None]:
         """Linear CKA, neighbour overlap and effective ranks on tiles of the training set, and a warning on collapse."""
@@ -141,18 +159,34 @@ def retentions(student: Scores, teacher: Scores, untrained: Scores) -> Scores:
 
 
 def sample_tiles(source: TileSource, wanted: int, image_px: int) -> torch.Tensor:
-    """The first readable tiles of a shuffled order that is the same in every run, uint8 (N, 3, px, px)."""
+    """The first readable tiles of a shuffled order that is the same in every run, uint8 (N, 3, px, px).
+
+    Parameters
+    ----------
+    source
+        The tiles; unreadable ones are passed over.
+    wanted
+        Tiles at most; fewer when the source has no more.
+    image_px
+        Side to which they are resized (bilinear, antialiased).
+    """
     tiles: list[torch.Tensor] = []
+    lost = ""
     for position in range(len(source)):
         if len(tiles) == wanted:
             break
         (index,) = source.tile_at(np.array([position]), 0)
         try:
             tile_CHW = torch.from_numpy(source.read(int(index)).copy()).permute(2, 0, 1)
-        except UnreadableTileError:
+        except UnreadableTileError as error:
+            lost = str(error).replace("\n", "; ")
             continue  # counted and named when its turn comes in training
         resized_1CHW = F.interpolate(
             tile_CHW[None].float(), size=(image_px, image_px), mode="bilinear", antialias=True, align_corners=False
         )
         tiles.append(resized_1CHW.round().clamp(0, 255).to(torch.uint8))
+    if not tiles:
+        raise DataError(
+            "none of the tiles can be read", where=source.root, got=f"{len(source)} tried, the last: {lost}"
+        )
     return torch.cat(tiles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def run(argv: list[str]) -> int:
         default = PRESETS[name]
     elif name.endswith(".json"):
         default = configs.load(DistillConfig, Path(name))
+        if (Path(name).parent / "plan.json").exists():  # that run's own: its paths may be meant from another folder
+            default = dataclasses.replace(default, out=Path(name).parent)
     else:
         raise ConfigError(
             "the first argument is a preset or a run's config.json",

@@ -98,6 +98,10 @@ class ObjectiveConfig:
         for name in ("cls_prototypes", "patch_prototypes", "adaptor_hidden"):
             value = getattr(self, name)
             _require(value >= 0, "a count cannot be negative", f"objective.{name}", value, "0 or more")
+            if name != "adaptor_hidden":
+                _require(
+                    value != 1, "one prototype tells nothing apart", f"objective.{name}", value, "0, or 2 and more"
+                )
         for name in ("head_hidden", "head_bottleneck", "fit_tiles"):
             value = getattr(self, name)
             _require(value > 0, "a size must be positive", f"objective.{name}", value, "1 or more")
@@ -212,7 +216,7 @@ class LabelledTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleConfig:
-    """How the work is laid out in memory and over processes (torchrun). It does not change what is learnt."""
+    """How the work is laid out in memory and over processes (torchrun). Only micro-tiles changes what is learnt."""
 
     students: Literal["replicate", "shard"] = "replicate"
     """Every process holds each student and its optimizer whole (DDP), or its share of them (FSDP2)."""
@@ -230,7 +234,13 @@ class ScaleConfig:
 
     def __post_init__(self) -> None:
         """Check each field."""
-        _require(self.micro_tiles >= 0, "cannot be negative", "scale.micro_tiles", self.micro_tiles, "0 or more")
+        _require(
+            self.micro_tiles >= 0 and self.micro_tiles != 1,
+            "KoLeo and Sinkhorn compare tiles",
+            "scale.micro_tiles",
+            self.micro_tiles,
+            "0, or 2 and more",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +290,8 @@ class DistillConfig:
     """Checkpoints that are kept."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra `tensorboard`)."""
+    trust_remote_code: bool = False
+    """Run the Python code that a teacher's repository brings (hibou-l). Read that code first."""
     labelled: tuple[str, ...] = ()
     """Labelled sets that join the run, each `TABLE,column=label,kind=classification,weight=1` (these are the defaults;
     the other kind is regression): a CSV with path and the column (and split: rows of split test are left out). Each has
@@ -333,7 +345,7 @@ class DistillConfig:
             "tables of different file names",
         )
         _require(self.batch_tiles >= 2, "too few tiles a step", "batch_tiles", self.batch_tiles, "2 or more")
-        _require(self.seed >= 0, "cannot be negative", "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**62, "out of range", "seed", self.seed, "0 to 2^62 - 1")
         _require(self.loader_threads >= 0, "cannot be negative", "loader_threads", self.loader_threads, "0 or more")
         _require(self.keep_checkpoints >= 1, "too few", "keep_checkpoints", self.keep_checkpoints, "1 or more")
         _require(
@@ -355,6 +367,7 @@ class DistillConfig:
         """Check that the fields without a usable default are given (presets leave them open)."""
         for name, value, remedy in (
             ("teacher", self.teacher, "give --teacher NAME; `histill models` lists the known ones"),
+            ("student", self.student, "give --student NAME; `histill models --students` lists them"),
             ("tiles", self.tiles, "give --tiles FOLDER, a tile set or a folder of tile images"),
             ("out", self.out, "give --out FOLDER, where the run is written"),
         ):

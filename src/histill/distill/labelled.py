@@ -154,7 +154,21 @@ def _view_config(views: ViewConfig) -> ViewConfig:
 def labelled_batch(
     labelled: LabelledSet, batch: Batch, views: ViewConfig, seed: int, device: torch.device, all_tiles: int
 ) -> LabelledBatch:
-    """Make a batch's views and look up its targets."""
+    """Make a batch's views and look up its targets.
+
+    Parameters
+    ----------
+    labelled, batch
+        The set, and its tiles of this rank.
+    views
+        Colours and flips as in training; a single crop of 70 % of a tile or more, not bent.
+    seed
+        Of the run.
+    device
+        Where images and targets go.
+    all_tiles
+        Tiles of this set over all ranks.
+    """
     made = make_views(
         batch.tiles_BCHW.to(device), batch.sizes_B2, batch.positions_B + _STREAM, _view_config(views), seed
     )

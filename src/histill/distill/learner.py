@@ -104,7 +104,19 @@ def learner_of(
     device: torch.device,
     ranks: Ranks,
 ) -> Learner:
-    """Lay a student out in memory and over the ranks, and give it its optimizer."""
+    """Lay a student out in memory and over the ranks, and give it its optimizer.
+
+    Parameters
+    ----------
+    config
+        Its ``scale`` and ``optimiser``.
+    lesson, average
+        Student with heads, and the start of its average, both on ``device``; sharded in place where students are.
+    name, folder, init
+        See :class:`Learner`.
+    device, ranks
+        Where it runs, and with how many others.
+    """
     student: Any = lesson.student.model
     if config.scale.checkpoint_activations:
         student.set_grad_checkpointing(True)

@@ -26,7 +26,20 @@ __all__ = ["step_batches", "train"]
 
 
 def step_batches(parts: Parts, first_step: int, last_step: int) -> Generator[tuple[Batch, list[Batch]]]:
-    """Decode ahead this rank's tiles of a range of steps, and those of each labelled set."""
+    """Decode ahead this rank's tiles of a range of steps, and those of each labelled set.
+
+    Parameters
+    ----------
+    parts
+        The run.
+    first_step, last_step
+        From 0; the last one is not taken.
+
+    Yields
+    ------
+    Batch, list of Batch
+        Of each step: the tiles, and those of each labelled set.
+    """
     config, ranks = parts.config, parts.ranks
 
     def share_of(tiles: int) -> Callable[[int], NDArray[np.int64]]:
@@ -102,7 +115,7 @@ def train(
         raise RunError(
             "a loss or its gradient is not finite; the optimizer has not stepped",
             where=parts.learners[-1].failed,
-            remedy="lower --optimiser.base-lr, or use --precision fp32; the last checkpoint is good",
+            remedy="lower --optimiser.base-lr, or use --precision fp32; the same settings lead here again",
         )
     return step
 
@@ -117,6 +130,8 @@ def _log(
     console: Console,
 ) -> None:
     """Write a row for every student that the step was for, also when the step was passed over."""
+    if not share.enough:
+        console.print(f"[bold yellow]step {step} is passed over: {share.tiles} readable tiles are too few[/]")
     common: dict[str, Any] = {"step": step, "tiles": share.tiles}
     timed = {"seconds": {name: round(seconds, 4) for name, seconds in watch.step_seconds.items()}} if rows else {}
     for learner in parts.alive_before(rows):

@@ -27,7 +27,7 @@ from histill.distill.task import DistillTask
 from histill.distill.teacher import FitStep, Teacher
 from histill.distill.views import make_views
 from histill.distributed import Ranks
-from histill.errors import ConfigError
+from histill.errors import ConfigError, DataError
 from histill.models import build_student, channel_statistics, fold_standardisation, load_encoder, wrap
 from histill.models.bundle import teacher_record
 from histill.models.encoder import Encoder
@@ -103,6 +103,27 @@ def resolve_views(config: DistillConfig, source: TileSource, teacher_px: int, pa
 
     Global: the largest multiple of two patches that neither the tiles' median side, nor the teacher's input, nor
     224 px is smaller than. Local: 98/224 of it, to the nearest multiple of a patch.
+
+    Parameters
+    ----------
+    config
+        Its ``views`` may have sizes of 0.
+    source
+        The tiles; their median side counts.
+    teacher_px
+        Smallest input size of the teachers, pixels.
+    patch_px
+        Side of a patch of the students, pixels.
+
+    Returns
+    -------
+    DistillConfig
+        A copy with both sizes; one that was stated stays as it is.
+
+    Raises
+    ------
+    ConfigError
+        A size, stated or found, is no multiple of ``patch_px``.
     """
     views = config.views
     step_px = 2 * patch_px
@@ -126,23 +147,20 @@ def build(config: DistillConfig, folder: Path, *, ranks: Ranks | None = None, fr
 
     The teachers' statistics are read from the run's folder, or fitted and written there. With ``fresh`` the students
     and their adaptors get their first weights; otherwise a checkpoint will set them.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, MissingExtraError
+        A device, crops, tiles, labels or models that cannot be used.
     """
-    assert config.tiles is not None
     ranks = ranks or Ranks()
     device = pick_device(config.device)
     autocast = autocast_for(device, config.precision)
-    tables = config.checks.tables or check_tables(config.tiles)
-    held_out = held_out_paths(config.tiles, tables) if config.checks.hold_out_test else ()
-    source = open_tiles(
-        config.tiles,
-        table=config.table,
-        hold_out=held_out,
-        sampling=config.sampling,
-        hold_out_slides=config.hold_out_slides,
-        index_folder=folder / "slides-index",
-    )
+    source, tables = _tiles(config, folder)
     labelled = tuple(open_labelled(task) for task in config.labelled_tasks())
-    encoders = [load_encoder(name, device=device) for name in config.teacher]
+    encoders = [
+        load_encoder(name, device=device, trust_remote_code=config.trust_remote_code) for name in config.teacher
+    ]
     records = tuple(teacher_record(encoder) for encoder in encoders)
     students = [_student(config, name, encoders[0], device) for name in config.student]
     for model in (*encoders, *(student for student, _ in students)):
@@ -173,12 +191,38 @@ def build(config: DistillConfig, folder: Path, *, ranks: Ranks | None = None, fr
         teacher_records=records,
         learners=tuple(learners),
         grid=config.views.global_px // students[0][0].patch_px,
-        checker=Checker(tables, source, config.views.global_px, config.checks.agreement_tiles, autocast),
+        checker=Checker(
+            tables,
+            source,
+            config.views.global_px,
+            config.checks.agreement_tiles,
+            autocast,
+            lenient=not config.checks.tables,
+        ),
     )
+
+
+def _tiles(config: DistillConfig, folder: Path) -> tuple[TileSource, tuple[Path, ...]]:
+    """The training set, and the tables of the checks."""
+    assert config.tiles is not None
+    tables = config.checks.tables or check_tables(config.tiles)
+    source = open_tiles(
+        config.tiles,
+        table=config.table,
+        hold_out=held_out_paths(config.tiles, tables) if config.checks.hold_out_test else (),
+        sampling=config.sampling,
+        hold_out_slides=config.hold_out_slides,
+        index_folder=folder / "slides-index",
+    )
+    if len(source) < 2:
+        raise DataError("a student learns from comparing tiles", where=source.root, got="1 tile", allowed="2 or more")
+    return source, tables
 
 
 def _student(config: DistillConfig, name: str, encoder: Encoder, device: torch.device) -> tuple[Encoder, str]:
     model, init = _student_model(config, name, encoder)
+    if init not in ("random", "pruned", "layers") and not init.startswith("random, since"):
+        encoder = load_encoder(init)  # a bundle's weights want images as the bundle normalises them
     student = wrap(model, name=name, mean=encoder.mean, std=encoder.std).to(device)
     return student.train(), init
 
@@ -317,10 +361,20 @@ def _fit_crops(
 
     steps = math.ceil(tiles / size)
     with closing(batches(source, positions, 0, steps, config.seed, workers=config.loader_threads)) as stream:
+        lost: dict[str, str] = {}
+        found = False
         for batch in stream:
+            lost |= batch.unreadable
             if not len(batch.positions_B):
                 continue
+            found = True
             crops = make_views(
                 batch.tiles_BCHW.to(device), batch.sizes_B2, batch.positions_B + _FIT_STREAM, views, config.seed
             )
             yield batch.positions_B, crops.clean_GBCHW[0]
+    if lost and not found:
+        raise DataError(
+            "none of the tiles can be read",
+            where=source.root,
+            got="; ".join(f"{at}: {why}" for at, why in lost.items())[:300],
+        )

@@ -85,7 +85,20 @@ def forward_flops(model: nn.Module, px: int) -> int:
 
 
 def head_flops(rows: float, dim: int, hidden: int, bottleneck: int, prototypes: int) -> float:
-    """Operations of a prototype head over ``rows`` tokens, forward and backward."""
+    """Operations of a prototype head over ``rows`` tokens, forward and backward.
+
+    Parameters
+    ----------
+    rows
+        Tokens.
+    dim, hidden, bottleneck, prototypes
+        Widths of the head's layers.
+
+    Returns
+    -------
+    float
+        Two for each multiply-add; the backward pass counts twice the forward.
+    """
     return 3 * 2 * rows * (dim * hidden + hidden * hidden + hidden * bottleneck + bottleneck * prototypes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+from histill import config as configs
 from histill import files
+from histill.distill.config import DistillConfig
 from histill.errors import MissingExtraError, RunError
 from histill.files import lock
 
-__all__ = ["MetricsLog", "Stop", "one_process", "read_rows", "require_tensorboard"]
+__all__ = ["MetricsLog", "Stop", "StoppedAtOnce", "claim", "one_process", "read_rows", "require_tensorboard"]
+
+
+class StoppedAtOnce(BaseException):
+    """A signal came while nothing can be lost. Like KeyboardInterrupt no ``except Exception`` holds it up."""
 
 
 @dataclass(slots=True)
@@ -23,6 +30,8 @@ class Stop:
     """Whether the run was asked to stop: SIGTERM, or Ctrl-C."""
 
     asked: bool = False
+    at_once: bool = False
+    """Raise :class:`StoppedAtOnce` in the main thread instead of waiting to be looked at."""
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -32,6 +41,8 @@ class Stop:
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt  # a second Ctrl-C does not wait for the end of the step
             self.asked = True
+            if self.at_once:
+                raise StoppedAtOnce
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -46,7 +57,13 @@ class Stop:
 
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
-    """Hold a run folder; a second process gets an error instead of mixing its files in."""
+    """Hold a run folder; a second process gets an error instead of mixing its files in.
+
+    Raises
+    ------
+    RunError
+        Another process holds it.
+    """
     with lock(folder / ".lock", wait=False) as ours:
         if not ours:
             raise RunError(
@@ -57,10 +74,63 @@ def one_process(folder: Path) -> Iterator[None]:
         yield
 
 
+def claim(config: DistillConfig, folder: Path) -> None:
+    """Write the config into a fresh folder; refuse a folder that holds another run, or something else.
+
+    The folder itself does not count as a setting: a run may be moved.
+
+    Raises
+    ------
+    RunError
+        The folder holds a run with other settings, or a summary or plan without a run's config.
+    """
+    path, wanted = folder / "config.json", configs.to_dict(config)
+    foreign = [name for name in ("summary.json", "plan.json") if (folder / name).exists() and not path.exists()]
+    if foreign:
+        raise RunError(
+            "this folder holds something else than a run", where=folder, got=foreign[0], remedy="give another --out"
+        )
+    if path.exists():
+        for stray in (*folder.rglob(".tmp-*"), *folder.rglob(".old-*")):  # a killed process's: only we write here
+            shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
+        there = configs.to_dict(configs.load(DistillConfig, path))
+        differing = [name for name in wanted if wanted[name] != there[name] and name != "out"]  # it may have moved
+        if not differing:
+            return
+        if (folder / "plan.json").exists():
+            raise RunError(
+                "this folder holds a run with other settings",
+                where=folder,
+                got="; ".join(f"{name}: {there[name]} there, {wanted[name]} now" for name in differing),
+                remedy="give another --out, or the settings of that run",
+            )
+        # A run that never got as far as its plan (a wrong path, say) has nothing to lose, and its statistics are stale.
+        for stale in (*folder.glob("teacher_statistics*.safetensors"), *folder.rglob("baseline.json")):
+            stale.unlink()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    configs.save(config, path)
+
+
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, each step once; written by the first rank.
 
     Opening it for a run that goes on from ``first_step`` drops the rows of later steps, which will come again.
+
+    Parameters
+    ----------
+    folder
+        Of the student; ``tensorboard`` becomes a folder in it.
+    first_step
+        The step that comes first, from 0.
+    tensorboard
+        Also write for TensorBoard.
+    writes
+        Off on all ranks but the first: nothing is then opened or written.
+
+    Raises
+    ------
+    MissingExtraError
+        TensorBoard is asked for and not installed.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool, *, writes: bool = True) -> None:
@@ -117,7 +187,13 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def require_tensorboard() -> Any:
-    """TensorBoard's writer class, or an error that says what to install."""
+    """TensorBoard's writer class, or an error that says what to install.
+
+    Raises
+    ------
+    MissingExtraError
+        TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -22,11 +21,11 @@ from histill.distill.learner import Learner
 from histill.distill.loop import step_batches, train
 from histill.distill.parts import Parts, build, untrained_student
 from histill.distill.progress import Stopwatch
-from histill.distill.record import Stop, one_process, read_rows, require_tensorboard
+from histill.distill.record import Stop, StoppedAtOnce, claim, one_process, read_rows, require_tensorboard
 from histill.distill.share import StepShare
 from histill.distill.step import train_step
 from histill.distributed import Ranks
-from histill.errors import RunError
+from histill.errors import ConfigError, DataError, RunError
 from histill.models import STUDENTS
 from histill.models.bundle import write_bundle
 from histill.models.card import licence_notice
@@ -54,7 +53,8 @@ def distill(config: DistillConfig, *, console: Console | None = None) -> dict[st
     Returns
     -------
     dict or None
-        The summary; None when the run was asked to stop (SIGTERM) and has written a checkpoint.
+        The summary; of several students ``{"students": {name: summary}, "failed": {name: reason}, "plan": ...}``. None
+        when the run was asked to stop (SIGTERM, Ctrl-C) and has written a checkpoint.
 
     Raises
     ------
@@ -67,39 +67,31 @@ def distill(config: DistillConfig, *, console: Console | None = None) -> dict[st
     console = console or Console(stderr=True, quiet=not ranks.first)
     if config.tensorboard:
         require_tensorboard()
-    with distributed.others_may_end(ranks), Stop().listening() as stop, ExitStack() as stack:
-        if ranks.first:
-            stack.enter_context(one_process(config.out))
-            _claim(config, config.out)
-        ranks.wait()
-        summary = config.out / "summary.json"
-        if ranks.gather_json(summary.exists())[0]:
-            console.print(f"{config.out} is finished already")
-            finished: dict[str, Any] = files.read_json(summary)
-            return finished
-        return _Run(config, config.out, console, stop, ranks).go()
+    # Before the first step and after the last nothing is lost, and the wait could be long. Several ranks stop together.
+    stop = Stop(at_once=ranks.world == 1)
+    try:
+        with distributed.others_may_end(ranks), stop.listening(), ExitStack() as stack:
+            if ranks.first:
+                _hold(config, stack)
+            ranks.wait()
+            summary = config.out / "summary.json"
+            if ranks.gather_json(summary.exists())[0]:
+                console.print(f"{config.out} is finished already")
+                finished: dict[str, Any] = files.read_json(summary)
+                return finished
+            return _Run(config, config.out, console, stop, ranks).go()
+    except StoppedAtOnce:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        return None
 
 
-def _claim(config: DistillConfig, folder: Path) -> None:
-    """Write the config into a fresh folder; refuse a folder that holds another run."""
-    path, wanted = folder / "config.json", configs.to_dict(config)
-    if path.exists():
-        there = configs.to_dict(configs.load(DistillConfig, path))
-        differing = [name for name in wanted if wanted[name] != there[name]]
-        if not differing:
-            return
-        if (folder / "plan.json").exists():
-            raise RunError(
-                "this folder holds a run with other settings",
-                where=folder,
-                got="; ".join(f"{name}: {there[name]} there, {wanted[name]} now" for name in differing),
-                remedy="give another --out, or the settings of that run",
-            )
-        # A run that never got as far as its plan (a wrong path, say) has nothing to lose, and its statistics are stale.
-        for stale in (*folder.glob("teacher_statistics*.safetensors"), *folder.rglob("baseline.json")):
-            stale.unlink()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    configs.save(config, path)
+def _hold(config: DistillConfig, stack: ExitStack) -> None:
+    assert config.out is not None
+    try:
+        stack.enter_context(one_process(config.out))
+        claim(config, config.out)
+    except OSError as error:
+        raise ConfigError("the run's folder cannot be written", where=f"--out {config.out}", got=error) from None
 
 
 class _Run:
@@ -148,6 +140,7 @@ class _Run:
                 learner.failed = failed.get(learner.name)
             self.console.print(f"going on from step {first_step}")
         plan = self._plan()
+        at_once, self.stop.at_once = self.stop.at_once, False
         next_step = train(
             parts,
             self.folder,
@@ -158,6 +151,7 @@ class _Run:
             stop=self.stop,
             console=self.console,
         )
+        self.stop.at_once = at_once
         if next_step < plan["steps"]:
             self.console.print(f"stopped before step {next_step}; the same command goes on from there")
             return None
@@ -337,10 +331,17 @@ class _Run:
         rows = read_rows(learner.folder / "metrics.jsonl")
         unreadable = {path: reason for row in rows for path, reason in row.get("unreadable", {}).items()}
         rows = [row for row in rows if "loss" in row]
+        if not rows:
+            raise DataError(
+                "no step could be taken: too few of the tiles can be read",
+                where=self.parts.source.root,
+                got=f"{len(unreadable)} unreadable, as {next(iter(unreadable.items()), ('', ''))}",
+            )
         seconds = {name: sum(row["seconds"][name] for row in rows) for name in rows[-1]["seconds"]}
         baseline = self.baselines[learner.name]
         return {
             "steps": plan["steps"],
+            "steps_passed_over": plan["steps"] - len(rows),
             "tiles_seen": sum(row["tiles"] for row in rows),
             "seconds": round(sum(seconds.values()), 1),
             "shares": {name: round(part / sum(seconds.values()), 4) for name, part in seconds.items()},

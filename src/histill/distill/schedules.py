@@ -13,7 +13,22 @@ _EMA_WINDOWS = 20  # a run of N steps starts with a window of N / 20 steps at mo
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """From ``start`` at progress 0 to ``end`` at progress 1 along half a cosine."""
+    """From ``start`` at progress 0 to ``end`` at progress 1 along half a cosine.
+
+    Source: Loshchilov and Hutter, SGDR, ICLR 2017, equation 5, without restarts.
+
+    Parameters
+    ----------
+    start, end
+        Any unit; either may be the larger.
+    progress
+        Share of the way; below 0 it counts as 0, above 1 as 1.
+
+    Returns
+    -------
+    float
+        ``end + (start - end) * (1 + cos(pi * progress)) / 2``.
+    """
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
@@ -34,7 +49,27 @@ class Scheduled:
 
 
 def scheduled(config: DistillConfig, step: int, steps: int) -> Scheduled:
-    """The values at ``step`` of ``steps``; the first step has a learning rate above 0."""
+    """The values at ``step`` of ``steps``; the first step has a learning rate above 0.
+
+    The learning rate is DINOv2's: a peak of ``base_lr * sqrt(batch_tiles / 1024)`` (its code's ``sqrt_wrt_1024``), up
+    to it linearly, and down along a cosine to ``final_lr``, which is not scaled. Weight decay and the average's
+    momentum go along a cosine over the whole run, and the teacher's temperature rises linearly (Caron et al., DINO,
+    ICCV 2021, sections 3.1 and 3.2). The last layers' rate is 0 for the first share ``freeze_last_layer`` of the run.
+
+    Parameters
+    ----------
+    config
+        Its ``optimiser``, ``objective`` and ``batch_tiles``, the tiles of a step over all ranks.
+    step
+        From 0 to ``steps`` - 1.
+    steps
+        Length of the run, 1 or more.
+
+    Returns
+    -------
+    Scheduled
+        Python floats.
+    """
     optimiser, objective = config.optimiser, config.objective
     peak = optimiser.base_lr * math.sqrt(config.batch_tiles / 1024)
     warmup_steps = round(optimiser.warmup * steps)

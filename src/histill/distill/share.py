@@ -44,7 +44,17 @@ class StepShare:
 
     @classmethod
     def agreed(cls, built: Parts, batch: Batch, labelled: Sequence[Batch], *, asked: bool, due: bool) -> StepShare:
-        """Exchange counts; every rank calls it once a step."""
+        """Exchange counts; every rank calls it once a step.
+
+        Parameters
+        ----------
+        built
+            The run.
+        batch, labelled
+            This rank's tiles of the step, and of each labelled set.
+        asked, due
+            Whether this rank was asked to stop, and wants a checkpoint.
+        """
         ranks, config = built.ranks, built.config
         lost = {path: reason for each in (batch, *labelled) for path, reason in each.unreadable.items()}
         own = [len(batch.positions_B), asked, due, len(lost), *(len(each.positions_B) for each in labelled)]
@@ -53,6 +63,8 @@ class StepShare:
         tiles = sum(tiles_R)
         most = -(-config.batch_tiles // ranks.world)
         count = -(-most // config.scale.micro_tiles) if config.scale.micro_tiles else 1
+        # Damaged tiles, or a share that does not divide, must not leave a part with too few.
+        count = max(1, min(count, min(tiles_R) if ranks.world > 1 else tiles // _LEAST_TILES))
         edges_RP = [[held * part // count for part in range(count + 1)] for held in tiles_R]
         sizes_RP = [[last - first for first, last in itertools.pairwise(edges)] for edges in edges_RP]
         pairs_P = [sum(sizes) for sizes in zip(*sizes_RP, strict=True)]

@@ -37,7 +37,24 @@ def train_step(
     steps: int,
     watch: Stopwatch,
 ) -> dict[str, dict[str, float]]:
-    """One step: views, targets, and for each student losses, gradient, optimizer, average. Returns what is logged."""
+    """One step: views, targets, and for each student losses, gradient, optimizer, average. Returns what is logged.
+
+    Parameters
+    ----------
+    parts
+        The run; its learners are changed.
+    batch, labelled, share
+        This rank's tiles, those of each labelled set, and what the ranks agreed on.
+    step, steps
+        From 0, and the run's length.
+    watch
+        Books the time of each part.
+
+    Returns
+    -------
+    dict
+        Student -> name -> what is logged, the losses over all ranks; a student that failed before has no row.
+    """
     config, now = parts.config, scheduled(parts.config, step, steps)
     views = make_views(batch.tiles_BCHW.to(parts.device), batch.sizes_B2, batch.positions_B, config.views, config.seed)
     extra = [

@@ -53,7 +53,17 @@ class Said:
 
 
 def images_of(tiles: slice, of_tiles: int, crops: int, device: torch.device) -> Tensor:
-    """Numbers of the images, crop by crop, that show some of the tiles: int64, ascending."""
+    """Numbers of the images, crop by crop, that show some of the tiles: int64, ascending.
+
+    Parameters
+    ----------
+    tiles
+        Some of the ``of_tiles`` tiles of this rank; both ends stated.
+    of_tiles, crops
+        B, and crops of each tile: image m shows tile m % B.
+    device
+        Of the result.
+    """
     tiles_I = torch.arange(tiles.start, tiles.stop, device=device)
     return (torch.arange(crops, device=device)[:, None] * of_tiles + tiles_I).flatten()
 

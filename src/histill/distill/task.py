@@ -179,7 +179,24 @@ class DistillTask(nn.Module):
                 fit.write(adaptor.layers[0])
 
     def forward(self, student: Encoder, views: Views, said: Sequence[Said], step: Step) -> Outcome:
-        """Score the student on one batch of views; the terms are in float32."""
+        """Score the student on one batch of views; the terms are in float32.
+
+        Parameters
+        ----------
+        student
+            The model; float images in 0..1 go in.
+        views
+            Global and local crops of this rank's tiles.
+        said
+            Targets of each teacher for the global crops.
+        step
+            What the step is about.
+
+        Returns
+        -------
+        Outcome
+            The weighted sum with a gradient, its terms before they are weighted, and monitors.
+        """
         crops = views.global_GBCHW.shape[0]
         with step.autocast:
             cls_MS, patches_MNS, local_LBS = self._seen(student, views)

@@ -49,6 +49,16 @@ def linear_cka(x_ND: Array, y_NE: Array) -> float:
     ``||Y'X||^2 / (||X'X|| ||Y'Y||)`` with Frobenius norms and centred columns: the feature-space form, whose cost
     and memory grow with N x D x E and not with N x N. It does not change under rotation and uniform scaling of
     either side. Features without variance agree with nothing: 0.
+
+    Parameters
+    ----------
+    x_ND, y_NE
+        Features of the same images in the same order, any float type.
+
+    Raises
+    ------
+    DataError
+        When features are no finite table (N, D), or the models embed different numbers of images.
     """
     x_ND, y_NE = (_centred(x) for x in _pair(x_ND, y_NE))
     # the unit scale keeps the fourth powers inside of float64's range
@@ -71,10 +81,25 @@ def knn_overlap(x_ND: Array, y_NE: Array, k: int = 10) -> float:
 
     The chance level of two unrelated models is k / (N - 1).
 
+    Source: Huh et al., *The Platonic representation hypothesis*, ICML 2024, appendix A (mutual nearest neighbours).
+
+    Parameters
+    ----------
+    x_ND, y_NE
+        Features of the same images in the same order, any float type; rows are scaled to length 1.
+    k
+        Neighbours of an image, 1 to N - 1. Which of several equally near ones is among the k is not fixed.
+
+    Returns
+    -------
+    float
+        1 when all neighbourhoods are the same.
+
     Raises
     ------
     DataError
-        When there are not more than ``k`` images, or the models embed different numbers of them.
+        When ``k`` is below 1, there are not more than ``k`` images, features are no finite table (N, D), or the models
+        embed different numbers of images.
     """
     x_ND, y_NE = (unit_rows(x) for x in _pair(x_ND, y_NE))
     count = len(x_ND)
@@ -95,6 +120,11 @@ def effective_rank(x_ND: Array) -> float:
 
     ``exp(-sum p ln p)`` with ``p`` the singular values (not their squares) of the mean-subtracted, otherwise
     unscaled matrix, divided by their sum. From 1 (one direction) to min(N - 1, D); 0 for constant features.
+
+    Raises
+    ------
+    DataError
+        When features are no finite table (N, D).
     """
     x_ND = _centred(as_features(x_ND, "x"))
     x_ND /= np.linalg.norm(x_ND) or 1.0
@@ -109,7 +139,13 @@ def effective_rank(x_ND: Array) -> float:
 
 
 def mean_pairwise_cosine(x_ND: Array) -> float:
-    """Mean cosine over all pairs of two different images; near 1 when all images look the same to the model."""
+    """Mean cosine over all pairs of two different images; near 1 when all images look the same to the model.
+
+    Raises
+    ------
+    DataError
+        With fewer than two images, or features that are no finite table (N, D).
+    """
     unit_ND = unit_rows(as_features(x_ND, "x"))
     count = len(unit_ND)
     if count < 2:

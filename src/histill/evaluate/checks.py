@@ -130,7 +130,7 @@ def _header(csv_path: Path) -> list[str]:
             return next(csv.reader(file), [])
     except FileNotFoundError:
         raise DataError("this table does not exist", where=csv_path, remedy="check the path") from None
-    except csv.Error as error:
+    except (OSError, csv.Error) as error:
         raise DataError("this table cannot be read", where=csv_path, got=error, allowed="CSV in UTF-8") from None
 
 
@@ -164,7 +164,14 @@ def kind_of(csv_path: Path) -> Kind:
 
 def find_checks(tiles_folder: Path) -> list[Path]:
     """List the labelled and paired tables directly in a folder, by name; other CSV files are passed over."""
-    return sorted(path for path in tiles_folder.glob("*.csv") if path.is_file() and _kind(_header(path)) is not None)
+    return sorted(path for path in tiles_folder.glob("*.csv") if path.is_file() and _is_check(path))
+
+
+def _is_check(csv_path: Path) -> bool:
+    try:
+        return _kind(_header(csv_path)) is not None
+    except DataError:  # whatever it is, it is no table of tiles
+        return False
 
 
 def _read_tiles(folder: Path, paths: Sequence[str], input_px: int) -> tuple[torch.Tensor, Array, list[Unreadable]]:

@@ -71,7 +71,13 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Find the device of ``--device``; ``auto`` is the GPU where there is one."""
+    """Find the device of ``--device``; ``auto`` is the GPU where there is one.
+
+    Raises
+    ------
+    ConfigError
+        torch knows no device of this name, it is neither CPU nor GPU, or this GPU cannot be reached.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allowed = "auto, cpu, cuda, cuda:N"
@@ -119,6 +125,16 @@ def slide_embedder(embedder: Embedder, *, block: int = 64) -> EmbedSlide:
         Who embeds.
     block
         Tiles in memory at once.
+
+    Returns
+    -------
+    EmbedSlide
+        Gives float32 (N, D) for a slide's path, with N at most ``max_tiles``.
+
+    Raises
+    ------
+    DataError
+        When it is called: a slide that cannot be read, states no scale, is coarser than asked for, or has no tissue.
     """
 
     def embed(path: Path, *, mpp: float, tile_px: int, max_tiles: int) -> NDArray[np.float32]:

@@ -74,7 +74,22 @@ class Interval:
 
 
 def balanced_accuracy(y_M: Array, scores_MC: Array, classes: Sequence[Any]) -> float:
-    """Mean recall over the classes that occur in ``y_M``, the highest score taken as the prediction."""
+    """Mean recall over the classes that occur in ``y_M``, the highest score taken as the prediction.
+
+    Parameters
+    ----------
+    y_M
+        Labels.
+    scores_MC
+        Class scores, any scale; the first of equal ones is the prediction.
+    classes
+        The classes of the columns.
+
+    Returns
+    -------
+    float
+        0 to 1.
+    """
     predicted_M = np.asarray(classes)[scores_MC.argmax(axis=1)]
     return float(np.mean([(predicted_M[y_M == name] == name).mean() for name in np.unique(y_M)]))
 
@@ -83,6 +98,16 @@ def macro_auc(y_M: Array, scores_MC: Array, classes: Sequence[Any]) -> float:
     """Mean one-versus-rest area under the ROC curve over the classes that occur in ``y_M``.
 
     With two classes it is the ordinary area. A class of the training set that no test image has is left out.
+
+    Parameters
+    ----------
+    y_M, scores_MC, classes
+        As in :func:`balanced_accuracy`; within a column only the order of the scores counts.
+
+    Returns
+    -------
+    float
+        0 to 1; 0.5 by chance.
 
     Raises
     ------
@@ -235,12 +260,26 @@ def linear_probe(
 def fit_linear(
     x_ND: Array, y_N: Array, groups_N: Array | None, *, c_grid: Sequence[float] = C_GRID, seed: int = 0
 ) -> tuple[Any, float, tuple[float, ...]]:
-    """Fit a linear probe; arguments as of :func:`linear_probe`, which also scores it.
+    """Fit the model of :func:`linear_probe`, which also scores it.
+
+    The log loss of an image weighs N / (C x images of its class) (scikit-learn's ``balanced``); features are
+    standardised by the images of the fit, in each inner split anew.
+
+    Parameters
+    ----------
+    x_ND
+        Features of the training images, finite, any float type.
+    y_N
+        Their labels, an array of any sortable type.
+    groups_N
+        Their slides, which no inner split cuts; None stratifies by class alone.
+    c_grid, seed
+        As in :func:`linear_probe`.
 
     Returns
     -------
     tuple
-        The model (``predict_proba``, ``classes_``), its strength, and the strengths that did not converge.
+        The model (``predict_proba``, ``classes_``), its inverse strength, and those that did not converge, ascending.
 
     Raises
     ------
@@ -272,6 +311,23 @@ def knn_probe(train_x_ND: Array, train_y_N: Array, test_x_MD: Array, test_y_M: A
 
     A vote weighs 1 / (share of its class among the training images): a class's score is how much more often it occurs
     among the neighbours than in the training set, so that a rare class can win. Scores are normalised to sum 1.
+
+    Source: 20 neighbours as in Caron et al., DINO, ICCV 2021, section 3.2, whose votes weigh by cosine and not by
+    class.
+
+    Parameters
+    ----------
+    train_x_ND, test_x_MD
+        Features, any float type; computed in float64.
+    train_y_N, test_y_M
+        Labels of any sortable type.
+    k
+        Neighbours that vote, 1 to N.
+
+    Returns
+    -------
+    ProbeResult
+        Without ``c`` and ``unconverged``.
 
     Raises
     ------

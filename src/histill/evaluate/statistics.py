@@ -223,6 +223,20 @@ def draws(
     """How often each of ``count`` clusters is in each resample: (B, S).
 
     As many clusters are drawn with replacement as there are; within each stratum, where there are any.
+
+    Parameters
+    ----------
+    count
+        S.
+    resamples, seed
+        B, and the seed: equal arguments give equal draws.
+    strata
+        Stratum of each cluster; None for a single one.
+
+    Returns
+    -------
+    ndarray
+        float64 (B, S), whole numbers; rows add up to S.
     """
     generator = np.random.default_rng(seed)
     drawn_BS = np.zeros((resamples, count))
@@ -332,6 +346,18 @@ def retention_percent(
     student: Measure, teacher: Measure, *, resamples: int = RESAMPLES, seed: int = SEED, level: float = LEVEL
 ) -> Estimate:
     """100 x student / teacher, with the interval of the ratio on the same resamples.
+
+    Parameters
+    ----------
+    student, teacher
+        The same measure of both on the same data.
+    resamples, seed, level
+        See :func:`estimate`.
+
+    Returns
+    -------
+    Estimate
+        In percent; 100 is as good as the teacher.
 
     Raises
     ------

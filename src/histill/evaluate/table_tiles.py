@@ -219,7 +219,19 @@ def open_tiles(csv_path: Path, kind: Kind, input_px: int, parts: Path, console: 
 
 
 def embed_tiles(tiles: TableTiles, embedder: Embedder, cache: FeatureCache, console: Console) -> NDArray[np.float32]:
-    """Embed the readable tiles, in the table's order: (N, D)."""
+    """Embed the readable tiles, in the table's order: (N, D).
+
+    Parameters
+    ----------
+    tiles
+        Of a table.
+    embedder
+        Who embeds.
+    cache
+        Keeps the features by encoder and tiles.
+    console
+        For the progress bar.
+    """
     count = len(tiles.columns["path"])
     with progress(console) as bar:
         step = bar.add_task("embedding", total=count)

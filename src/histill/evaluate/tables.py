@@ -48,10 +48,26 @@ def few_shot(
     ``shots`` tiles of each class are drawn (all of a class that has fewer). Features are centred by the mean of these,
     scaled to length 1, and averaged per class; a test tile, treated alike, gets the class of the nearest mean.
 
+    Parameters
+    ----------
+    train_x_ND, test_x_MD
+        Features, any float type; computed in float64.
+    train_y_N
+        Labels of any sortable type.
+    shots
+        Training tiles per class.
+    seed
+        Of the draw; equal arguments give equal results.
+
     Returns
     -------
     tuple
         Scores (M, C), minus squared distances to the means, and the classes (C,) of the columns.
+
+    Raises
+    ------
+    DataError
+        Features are no finite table.
     """
     rng = np.random.default_rng([seed, shots])
     classes = np.unique(train_y_N)

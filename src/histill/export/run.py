@@ -92,7 +92,13 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
 
 
 def refuse_to_replace(out: Path, mark: str) -> None:
-    """Refuse a folder that holds anything but an older result, known by its file ``mark``."""
+    """Refuse a folder that holds anything but an older result, known by its file ``mark``.
+
+    Raises
+    ------
+    ConfigError
+        ``out`` is a file, or a folder with content but without ``mark``.
+    """
     if out.exists() and not (out / mark).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "this place holds something else, and is not overwritten",

@@ -105,7 +105,17 @@ def difference(tokens_ND: torch.Tensor, bundle_ND: torch.Tensor) -> Difference:
 
 
 def compare(encoder: Encoder, engine: Engine, tiles_NHW3: NDArray[np.uint8]) -> dict[str, Difference]:
-    """Run both on the same tiles: the differences of the class tokens (``cls``) and of all patch tokens."""
+    """Run both on the same tiles: the differences of the class tokens (``cls``) and of all patch tokens.
+
+    Parameters
+    ----------
+    encoder
+        What was exported, on the processor.
+    engine
+        The export.
+    tiles_NHW3
+        uint8 RGB, H and W the size that the engine takes.
+    """
     expected, got = [], []
     with torch.no_grad():
         for start in range(0, len(tiles_NHW3), _BATCH):
@@ -123,6 +133,13 @@ def compare(encoder: Encoder, engine: Engine, tiles_NHW3: NDArray[np.uint8]) -> 
 
 def scores(bundle: Bundle, engine: Engine, table: Path) -> dict[str, dict[str, float | None]]:
     """Score bundle and export on a table, with an untrained network of the same architecture as the floor.
+
+    Parameters
+    ----------
+    bundle, engine
+        What was exported, and the export.
+    table
+        CSV with labels, as for the checks of ``histill distill``.
 
     Returns
     -------
@@ -151,6 +168,15 @@ def scores(bundle: Bundle, engine: Engine, table: Path) -> dict[str, dict[str, f
 
 def check(engine: str, found: dict[str, Difference], scored: dict[str, dict[str, float | None]] | None) -> None:
     """Refuse an export that is out of bounds.
+
+    Parameters
+    ----------
+    engine
+        Its name; the bounds are :data:`BOUNDS`.
+    found
+        As of :func:`compare`.
+    scored
+        As of :func:`scores`; only the first metric counts. None without a table.
 
     Raises
     ------

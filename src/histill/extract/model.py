@@ -96,7 +96,24 @@ def settle_mpp(config: ExtractConfig, known: Known) -> tuple[float, ...]:
 
 
 def check_tile_mpp(tile_mpp: float, allowed: tuple[float, ...], tile_px: int, where: object) -> None:
-    """Refuse coordinates whose tiles come to another scale than allowed; () allows every one."""
+    """Refuse coordinates whose tiles come to another scale than allowed; () allows every one.
+
+    Parameters
+    ----------
+    tile_mpp
+        Microns per pixel that the tiles will have.
+    allowed
+        As of :func:`settle_mpp`; a difference of 5 % is none.
+    tile_px
+        Side of a tile in pixels, for the remedy.
+    where
+        The slide, for the error.
+
+    Raises
+    ------
+    SlideError
+        The tiles have none of these scales.
+    """
     if allowed and not _near(tile_mpp, allowed):
         side = round(tile_px * tile_mpp / allowed[0])
         raise SlideError(
@@ -157,7 +174,7 @@ class FeatureModel:
 
     @torch.inference_mode()
     def start(self, tiles_BHW3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Begin a batch of uint8 tiles: features (B, D) and tokens (B, H, W, D) in float16, on the device."""
+        """Begin a batch of uint8 tiles: features (B, D) float32, tokens (B, H, W, D) float16, both on the device."""
         tokens = self.engine(tiles_BHW3.permute(0, 3, 1, 2).to(self.engine.device, non_blocking=True))
         features_BD = tokens.cls_BD
         if self.embedding == "cls+mean":
@@ -189,10 +206,23 @@ class FeatureModel:
 def open_model(config: ExtractConfig, known: Known, engine: str, device: str) -> FeatureModel:
     """Open the model of a command.
 
+    Parameters
+    ----------
+    config
+        With a model.
+    known
+        As of :func:`known_of`.
+    engine, device
+        As :func:`histill.models.engines.open_engine` takes them.
+
     Raises
     ------
     ModelError
-        As ``load_encoder``, and when its normalisation is not the one that it was made with.
+        As ``open_engine``, and when its normalisation is not the one that it was made with.
+    ConfigError
+        As ``open_engine``, and when the tiles do not divide into its patches.
+    MissingExtraError
+        As ``open_engine``.
     """
     assert config.model is not None
     opened = open_engine(

@@ -73,6 +73,28 @@ class Encoder(nn.Module):
     """A vision transformer that knows its own normalisation, token layout, embedding rule and licence.
 
     Made by :func:`histill.models.load_encoder` (frozen, for use) or :func:`wrap` (as it is, for training).
+
+    Parameters
+    ----------
+    model
+        A timm vision transformer with a class token; kept, not copied.
+    name
+        For messages and records.
+    mean, std
+        Of the RGB channels, images in 0..1.
+    input_px
+        Side of the images that it is used with, pixels: a multiple of its patches.
+    embedding
+        What :meth:`embed` gives: the class token, or also the mean patch token.
+    licence
+        Identifier of the weights' licence; None when unknown.
+    spec
+        The teacher's row of the table; None for other models.
+
+    Raises
+    ------
+    ModelError
+        An unknown embedding, no class token, or a size that does not divide into patches.
     """
 
     _mean_C11: torch.Tensor
@@ -125,7 +147,23 @@ class Encoder(nn.Module):
         return self.embed_dim * (2 if self.embedding == "cls+mean" else 1)
 
     def normalise(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Bring uint8 images in 0..255 or float images in 0..1 to the scale that the model was trained on."""
+        """Bring uint8 images in 0..255 or float images in 0..1 to the scale that the model was trained on.
+
+        Parameters
+        ----------
+        images_BCHW
+            Shape (B, 3, H, W), RGB; uint8, or any float type.
+
+        Returns
+        -------
+        Tensor
+            float32 (B, 3, H, W): (image in 0..1 - mean) / std of each colour.
+
+        Raises
+        ------
+        DataError
+            Another shape, or a type that has no agreed scale.
+        """
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
             raise DataError(
                 "an encoder takes a batch of RGB images",
@@ -239,5 +277,23 @@ def wrap(
     embedding: Embedding = "cls",
     licence: str | None = None,
 ) -> Encoder:
-    """Give a timm vision transformer in training the interface of an encoder; mode and gradients stay as they are."""
+    """Give a timm vision transformer in training the interface of an encoder; mode and gradients stay as they are.
+
+    Parameters
+    ----------
+    model
+        A timm vision transformer with a class token; kept, not copied.
+    name, mean, std, input_px, embedding, licence
+        As in :class:`Encoder`; ``input_px`` in pixels.
+
+    Returns
+    -------
+    Encoder
+        Around ``model``, in its mode; what trains the one trains the other.
+
+    Raises
+    ------
+    ModelError
+        As :class:`Encoder`.
+    """
     return Encoder(model, name=name, mean=mean, std=std, input_px=input_px, embedding=embedding, licence=licence)

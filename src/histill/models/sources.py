@@ -324,7 +324,7 @@ def _from_transformers(spec: TeacherSpec, *, trust_remote_code: bool) -> nn.Modu
         raise ModelError(
             "this teacher runs Python code from its hub repository, which needs your consent",
             where=f"https://huggingface.co/{spec.source.partition(':')[2]}",
-            remedy="read that code, then load the teacher with trust_remote_code=True",
+            remedy="read that code, then give trust_remote_code=True (histill distill: --trust-remote-code True)",
         )
     try:
         transformers = importlib.import_module("transformers")

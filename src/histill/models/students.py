@@ -167,12 +167,7 @@ def build_student(
     import torch
 
     spec = _spec(name)
-    if (init == "bundle") != (init_from is not None) or (init == "teacher") != (teacher is not None):
-        raise ConfigError(
-            "the start of a student and its source do not match",
-            got=f"init={init!r}, init_from={init_from!r}, teacher {'given' if teacher is not None else 'not given'}",
-            allowed="init='random' alone, init='bundle' with init_from, init='teacher' with teacher",
-        )
+    _check_start(init, init_from, teacher, layers)
     with contextlib.ExitStack() as stack:
         if seed is not None:
             stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -185,6 +180,21 @@ def build_student(
     if teacher is not None:
         init_from_teacher(model, teacher, layers)
     return model
+
+
+def _check_start(init: Any, init_from: str | None, teacher: Any, layers: tuple[int, ...] | None) -> None:
+    if init not in ("random", "bundle", "teacher") or (layers is not None and init != "teacher"):
+        raise ConfigError(
+            "there is no such start of a student",
+            got=f"init={init!r}" + ("" if layers is None else f", layers={layers}"),
+            allowed="init='random', 'bundle' or 'teacher'; layers with 'teacher' alone",
+        )
+    if (init == "bundle") != (init_from is not None) or (init == "teacher") != (teacher is not None):
+        raise ConfigError(
+            "the start of a student and its source do not match",
+            got=f"init={init!r}, init_from={init_from!r}, teacher {'given' if teacher is not None else 'not given'}",
+            allowed="init='random' alone, init='bundle' with init_from, init='teacher' with teacher",
+        )
 
 
 def _spec(name: str) -> StudentSpec:

@@ -38,6 +38,11 @@ def tile_origins(width: int, height: int, extent_px: float, stride_px: float) ->
     -------
     ndarray
         int64, shape (N, 2): x, y in level-0 pixels, sorted by y, then x.
+
+    Raises
+    ------
+    ValueError
+        When ``extent_px`` is not positive, or ``stride_px`` is below 1.
     """
     if not (extent_px > 0 and stride_px >= 1):
         raise ValueError(f"a grid needs a positive extent and a stride of 1 or more, got {extent_px} and {stride_px}")

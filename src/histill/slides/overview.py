@@ -41,6 +41,16 @@ def overview(full: Level, level: Level, block_px: tuple[int, int], longest_px: i
         Longer side of the picture.
     read
         Gives one block, or None when it is damaged.
+
+    Returns
+    -------
+    Thumbnail
+        The picture, uint8 RGB, white where no pixels are; and which are present, and which damaged.
+
+    Raises
+    ------
+    ValueError
+        When ``longest_px`` is below 1.
     """
     if longest_px < 1:
         raise ValueError(f"a thumbnail needs at least one pixel, got {longest_px}")

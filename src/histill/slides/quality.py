@@ -54,6 +54,16 @@ def laplacian_variance(tile_HW3: NDArray[np.uint8], mpp: float) -> float:
         uint8 RGB.
     mpp
         Its scale, microns per pixel.
+
+    Returns
+    -------
+    float
+        In squared grey levels; 0 for an even tile.
+
+    Raises
+    ------
+    ValueError
+        When the tile has fewer than 3 x 3 blocks of about 0.5 um.
     """
     block = max(1, round(_BLUR_MPP / mpp))
     height, width = (size // block * block for size in tile_HW3.shape[:2])
@@ -87,6 +97,11 @@ def rejected(tile_HW3: NDArray[np.uint8], options: QualityOptions, mpp: float) -
         The limits.
     mpp
         The tile's scale, microns per pixel.
+
+    Raises
+    ------
+    ValueError
+        As :func:`laplacian_variance`, where sharpness is judged: ``options.blur_min`` above 0, and no fault before.
     """
     # Three planes: numpy is ten times as fast along them as across three channels.
     planes = [tile_HW3[::_COLOUR_STRIDE, ::_COLOUR_STRIDE, channel].astype(np.int16) for channel in range(3)]

@@ -31,6 +31,23 @@ def area_weights(origin: float, step: float, out_px: int, source_px: int) -> spa
     Output pixel j covers [origin + j * step, origin + (j + 1) * step). What lies beyond the source does not count;
     the mean is then taken over the rest.
 
+    A weight is the length that both pixels share, divided by ``step``: the output is the mean of a signal that is
+    constant within each source pixel. Shares below a millionth of an output pixel count as rounding, and are left out.
+
+    Parameters
+    ----------
+    origin
+        Where the first output pixel begins, in source pixels; source pixel k covers [k, k + 1).
+    step
+        Source pixels per output pixel; positive, below 1 it enlarges.
+    out_px, source_px
+        Pixels of the output and of the source.
+
+    Returns
+    -------
+    csr_array
+        float32 (out_px, source_px) with int32 indices; ``weights @ source`` resamples.
+
     Raises
     ------
     ValueError
@@ -122,7 +139,7 @@ def area_resample(
     Raises
     ------
     ValueError
-        When an output pixel covers no source at all.
+        When the output begins outside the image, or an output pixel covers no source at all.
     """
     height, width, channels = image_HWC.shape
     origin_x, columns = _axis(x0, step_x, out_width, width)

@@ -141,7 +141,20 @@ def level_downsample(full_px: int, level_px: int) -> float:
 
 
 def check_region(level: Level, x: int, y: int, width: int, height: int) -> None:
-    """Raise ValueError unless a region is not empty and lies inside a level; all in pixels of that level."""
+    """Check that a region is not empty and lies inside a level.
+
+    Parameters
+    ----------
+    level
+        Its size counts.
+    x, y, width, height
+        Left, top and size in pixels of that level.
+
+    Raises
+    ------
+    ValueError
+        It is empty or leaves the level.
+    """
     if width < 1 or height < 1 or x < 0 or y < 0 or x + width > level.width or y + height > level.height:
         size = f"{level.width} x {level.height} px"
         raise ValueError(f"region x {x}, y {y}, {width} x {height} px is empty or leaves the level, {size}")

@@ -115,7 +115,13 @@ def check_options(
     tile_px: int,
     compression: str,
 ) -> None:
-    """Refuse what :func:`write_aperio` would refuse, before anything is drawn."""
+    """Refuse what :func:`write_aperio` would refuse, before anything is drawn; arguments as there.
+
+    Raises
+    ------
+    ConfigError
+        A wrong option.
+    """
     levels = tuple(levels or default_levels(width_px, height_px))
     if compression not in ("jpeg", "jpeg2000"):
         raise ConfigError("unknown compression", where="compression", got=compression, allowed="jpeg, jpeg2000")

@@ -147,7 +147,17 @@ def _draw_shape(rng: np.random.Generator, cell: Cell, style: CellStyle, mpp: flo
 def local_frame(
     shape: tuple[int, ...], y: float, x: float, reach_px: float
 ) -> tuple[tuple[slice, slice], Array, Array] | None:
-    """Part of a map within reach of a point: its slices, and dy (H, 1) and dx (1, W) from the point; None if empty."""
+    """Part of a map within reach of a point: its slices, and dy (H, 1) and dx (1, W) from the point; None if empty.
+
+    Parameters
+    ----------
+    shape
+        Of the map: (H, W, ...).
+    y, x
+        The point, in pixels; it may lie outside.
+    reach_px
+        Half the side of the part.
+    """
     height, width = shape[:2]
     top, bottom = max(0, math.floor(y - reach_px)), min(height, math.ceil(y + reach_px))
     left, right = max(0, math.floor(x - reach_px)), min(width, math.ceil(x + reach_px))

@@ -20,7 +20,17 @@ __all__ = ["GlandStyle", "cell_borders", "draw_gland", "draw_vessel"]
 
 
 def cell_borders(points_N2: Array, side: int, width_px: float = 1.1) -> Array:
-    """Borders halfway between neighbouring points, (side, side) float32 from 0 to 1."""
+    """Borders halfway between neighbouring points, (side, side) float32 from 0 to 1.
+
+    Parameters
+    ----------
+    points_N2
+        y, x in pixels; with fewer than two there is no border.
+    side
+        Of the map, pixels.
+    width_px
+        How wide a border is.
+    """
     if len(points_N2) < 2:
         return np.zeros((side, side), dtype=np.float32)
     half = (side + 1) // 2

@@ -41,7 +41,13 @@ Look = tuple[StainSpec, ScannerSpec]
 def slide_truth(
     *, width_px: int, height_px: int, mpp: float = 0.5, seed: int = 0, tissue: TissuePlan | None = None
 ) -> SlideTruth:
-    """Give the regions of the slide that :func:`write_slide` makes of the same arguments; it draws nothing."""
+    """Give the regions of the slide that :func:`write_slide` makes of the same arguments; it draws nothing.
+
+    Raises
+    ------
+    ConfigError
+        A wrong size or scale.
+    """
     _check_size(width_px, height_px, mpp)
     return lay_out(width_px=width_px, height_px=height_px, mpp=mpp, seed=seed, plan=tissue)[1]
 
@@ -145,6 +151,11 @@ def write_ruler_slide(
         Distance of the lines' centres, and their width, in microns.
     levels, jpeg_quality, tile_px, compression
         As :func:`histill.synthetic.aperio.write_aperio` takes them.
+
+    Raises
+    ------
+    ConfigError
+        Lines that are not narrower than their distance, or an option that ``write_aperio`` refuses.
     """
     if not 0 < line_um < period_um:
         raise ConfigError("lines are narrower than their distance", where="line_um", got=line_um, allowed=period_um)
@@ -244,7 +255,13 @@ def slide_set_truths(
     scanners: Sequence[ScannerSpec] = (SCANNERS["aurora"], SCANNERS["cinder"]),
     tissue: TissuePlan | None = None,
 ) -> dict[str, SlideTruth]:
-    """Give the regions of each slide, by name, that :func:`write_slide_set` makes of the same arguments."""
+    """Give the regions of each slide, by name, that :func:`write_slide_set` makes of the same arguments.
+
+    Raises
+    ------
+    ConfigError
+        A wrong size or scale.
+    """
     size = {"width_px": width_px, "height_px": height_px}
     truths = {}
     for job in _jobs(slides, paired, seed, tuple(product(stains, scanners))):

@@ -48,7 +48,17 @@ def atlas(scale_px: float) -> Array:
 
 
 def noise(rng: np.random.Generator, scale_px: float, height: int, width: int) -> Array:
-    """Cut a random window out of :func:`atlas`, mirrored at random: (H, W) float32."""
+    """Cut a random window out of :func:`atlas`, mirrored at random: (H, W) float32.
+
+    Parameters
+    ----------
+    rng
+        Draws the place and the mirrors.
+    scale_px
+        Of the grain, see :func:`atlas`.
+    height, width
+        H and W.
+    """
     top, left = rng.integers(ATLAS_PX, size=2)
     steps = rng.choice((-1, 1), size=2)
     rows = (top + steps[0] * np.arange(height)) % ATLAS_PX

@@ -260,6 +260,20 @@ def rendered(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.i
     """Render and judge the tiles at some origins, one by one; ``reader`` and ``mpp`` are the plan's.
 
     Tiles that were placed by another tool are not judged, and may reach beyond the slide: what is there cannot be read.
+
+    Parameters
+    ----------
+    job
+        The slide, and the settings.
+    reader, mpp
+        Of the plan: which reader, and microns per level-0 pixel.
+    origins_N2
+        x, y of the tiles in level-0 pixels, int64.
+
+    Yields
+    ------
+    Rendered
+        A tile, its fault, or why it cannot be read.
     """
     config, slide = job.config, _opened.get(job.path, reader)
     renderer = TileRenderer(slide, mpp, config.mpp, config.tile_px, config.tolerance, config.upsample)
@@ -277,7 +291,18 @@ def rendered(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.i
 
 
 def cut(job: SlideJob, reader: Reader, mpp: float, origins_N2: NDArray[np.int64]) -> Cell:
-    """Render, judge and encode the tiles at some origins; ``reader`` and ``mpp`` are the plan's."""
+    """Render, judge and encode the tiles at some origins; ``reader`` and ``mpp`` are the plan's.
+
+    Parameters
+    ----------
+    job, reader, mpp, origins_N2
+        As in :func:`rendered`.
+
+    Returns
+    -------
+    Cell
+        Numbers and bytes of the kept tiles (JPEG or PNG; none for an index alone), and what became of the others.
+    """
     kept, images, reasons, unreadable = [], [], Counter[str](), []
     for tile in rendered(job, reader, mpp, origins_N2):
         if tile.unreadable is not None:

@@ -55,17 +55,36 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
         if name.lower().endswith(_JPEG_SUFFIXES) and simplejpeg.decode_jpeg_header(data)[2] != "CMYK":
             return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True))
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
+            return _rgb(image)
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableTileError("a tile cannot be decoded", where=name, got=str(error) or repr(error)) from None
 
 
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Any picture as 8-bit RGB: 16-bit grey is divided by 257, what shines through is white, as on a slide."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey_HW = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
+        return np.repeat(grey_HW[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no known range; 8 or 16 bits are needed")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
 def image_px(path: Path) -> tuple[int, int]:
-    """(height, width) in pixels from an image file's header alone."""
+    """(height, width) in pixels from an image file's header alone.
+
+    Raises
+    ------
+    UnreadableTileError
+        When the file cannot be read, or is not an image.
+    """
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableTileError("a tile cannot be opened", where=path, got=error) from None
 
 
@@ -95,6 +114,8 @@ def read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
         raise DataError("this table does not exist", where=path, remedy="check the path") from None
     except UnicodeDecodeError as error:
         raise DataError("this table is not UTF-8 text", where=path, got=error) from None
+    except (OSError, csv.Error) as error:
+        raise DataError("this table cannot be read", where=path, got=error, allowed="CSV in UTF-8") from None
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise DataError("a row has another number of fields than the header", where=f"{path}, line {number}")
@@ -209,13 +230,26 @@ class ImageFolder:
 
 
 def _images_below(root: Path) -> list[str]:
-    found = []
+    found: list[str] = []
+    seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was there already, such as a loop
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         relative = Path(folder).relative_to(root)
         found += [
             (relative / name).as_posix()
             for name in names
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
+    for path in found:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                "the name of a tile is not UTF-8", where=root, got=repr(os.fsencode(path)), remedy="rename the file"
+            ) from None
     return found

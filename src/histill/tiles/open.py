@@ -30,6 +30,13 @@ def open_set(
 ) -> TileSet | OnlineTiles:
     """Open a tile set: from its shards, or from the slides when it has none.
 
+    Parameters
+    ----------
+    root
+        Folder that ``histill tile`` made.
+    sampling, hold_out_slides
+        As in :meth:`histill.tiles.tile_set.TileSelection.open`.
+
     Raises
     ------
     DataError

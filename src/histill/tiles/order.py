@@ -70,6 +70,16 @@ def tile_at(positions_B: NDArray[np.int64], tiles: int, seed: int) -> NDArray[np
         Number of tiles in the set.
     seed
         The run's seed.
+
+    Returns
+    -------
+    ndarray
+        int64, shape (B,): numbers of tiles, from 0.
+
+    Raises
+    ------
+    ValueError
+        ``tiles`` is below 1.
     """
     if tiles < 1:
         raise ValueError("an order needs at least one tile")
@@ -114,6 +124,16 @@ def block_tile_at(
         Neighbouring tiles to a block.
     window_blocks
         Blocks that are mixed with each other.
+
+    Returns
+    -------
+    ndarray
+        int64, shape (B,): numbers of tiles, from 0.
+
+    Raises
+    ------
+    ValueError
+        ``tiles``, ``block_tiles`` or ``window_blocks`` is below 1.
     """
     if block_tiles < 1 or window_blocks < 1:
         raise ValueError("a block needs at least one tile, a window at least one block")
@@ -154,6 +174,16 @@ def balanced_tile_at(
         Number of tiles of each slide, at least 1.
     seed
         The run's seed.
+
+    Returns
+    -------
+    ndarray
+        int64, shape (B,): numbers of tiles, from 0.
+
+    Raises
+    ------
+    ValueError
+        There is no slide, or a slide has no tile.
     """
     first_row_S, tiles_S = np.asarray(first_row_S, dtype=np.int64), np.asarray(tiles_S, dtype=np.int64)
     if len(tiles_S) < 1 or tiles_S.min() < 1:
@@ -183,6 +213,11 @@ def positions_of(
         Which of how many processes.
     worker, workers
         Which of how many readers inside the process; with 0 workers the process reads its whole share itself.
+
+    Raises
+    ------
+    ValueError
+        ``rank`` or ``worker`` is negative, or not below ``world`` or ``workers``.
     """
     workers = max(1, workers)
     if not (0 <= rank < world and 0 <= worker < workers):

@@ -78,7 +78,27 @@ def write_tiles(config: TileConfig, console: Console) -> Outcome:
 
 
 def claim(folder: SlideFolder, settings: dict[str, Any], jobs: Sequence[SlideJob]) -> dict[str, SlideRecord]:
-    """Make the folder ours, and give the records of finished slides; a refusal leaves it as it was."""
+    """Make the folder ours, and give the records of finished slides; a refusal leaves it as it was.
+
+    Parameters
+    ----------
+    folder
+        Made where it does not exist.
+    settings
+        Of this run; those of an older one must be the same.
+    jobs
+        Slides that are wanted.
+
+    Returns
+    -------
+    dict
+        Slide id -> record of each slide that is done.
+
+    Raises
+    ------
+    RunError
+        The folder holds something else or has other settings, or a finished slide is not what it was.
+    """
     new = not folder.root.exists()
     try:
         with folder.writing():

@@ -153,6 +153,28 @@ def chunked_prototype_loss(
 
     Equal to `sinkhorn` of ``teacher_ME @ prototypes_KE.T``, then a weighted cross-entropy with the student's logits
     ``student_hidden_MB @ student_weight_KB.T``. A token of weight 0 still takes part in Sinkhorn.
+
+    Source: Caron et al., SwAV, NeurIPS 2020, section 3.1 (the balance); Zhou et al., iBOT, ICLR 2022, section 3.1 (the
+    loss).
+
+    Parameters
+    ----------
+    student_hidden_MB, student_weight_KB
+        L2-normalised outputs of the student head's bottleneck, and its weight-normalised last layer; both get
+        gradients.
+    teacher_ME, prototypes_KE
+        Their products are the teacher's logits; no gradient flows into them.
+    weights_M
+        Weight of each token in the loss, see `token_weights`; no gradient flows into it.
+    teacher_temperature, student_temperature
+        Divide the logits of the two sides; above 0.
+    iterations, reduce, chunk_rows, held_bytes
+        As in :func:`balance_tokens`.
+
+    Returns
+    -------
+    PrototypeLoss
+        Scalars in float32; in float64 if student or teacher tokens are.
     """
     exact = torch.float64 in (student_hidden_MB.dtype, teacher_ME.dtype)
     balanced = balance_tokens(

@@ -77,7 +77,7 @@ def ibot_loss(
     targets_BNK
         Teacher scores, each row summing to 1; no gradient flows into them. Rows outside the mask are not used.
     mask_BN
-        True where a token counts; None for all tokens.
+        True (or not zero) where a token counts; None for all tokens. Other rows may hold anything, also NaN.
     student_temperature
         Divides the student's logits.
 
@@ -87,12 +87,15 @@ def ibot_loss(
         float32 scalar: mean over the images of the mean over an image's counted tokens.
     """
     assert student_BNK.shape == targets_BNK.shape, (student_BNK.shape, targets_BNK.shape)
+    targets_BNK = targets_BNK.detach()
+    if mask_BN is not None:
+        # Before anything is computed: a row outside the mask may be anything, and 0 * NaN would reach the gradient.
+        mask_BN = mask_BN.bool()
+        student_BNK = student_BNK.masked_fill(~mask_BN[..., None], 0.0)
+        targets_BNK = targets_BNK.masked_fill(~mask_BN[..., None], 0.0)
     log_scores_BNK = F.log_softmax(student_BNK.float() / student_temperature, dim=-1)
-    entropy_BN = -(targets_BNK.detach() * log_scores_BNK).sum(dim=-1)
-    if mask_BN is None:
-        return entropy_BN.mean()
-    # Not a product alone: a target row outside the mask may be anything, also NaN.
-    return (entropy_BN.where(mask_BN, 0.0) * token_weights(mask_BN)).sum()
+    entropy_BN = -(targets_BNK * log_scores_BNK).sum(dim=-1)
+    return entropy_BN.mean() if mask_BN is None else (entropy_BN * token_weights(mask_BN)).sum()
 
 
 def token_weights(mask_BN: Tensor) -> Tensor:

@@ -106,6 +106,23 @@ def next_potential(potential_K: Tensor, mass_K: Tensor, reduce: Reduce | None) -
 
     ``mass_K`` is the sum over this rank's rows of the scores under ``potential_K``. Over all ranks it is at least
     1 / (rows * prototypes), because the potential has put mass 1 on each prototype: its logarithm is safe.
+
+    Source: one pass of Cuturi, *Sinkhorn distances*, NeurIPS 2013, algorithm 1, on the logarithm of its scaling (Peyré
+    and Cuturi, *Computational optimal transport*, 2019, section 4.4): ``potential_K - log(mass_K)``, less its mean.
+
+    Parameters
+    ----------
+    potential_K
+        The potential so far, float64; not changed.
+    mass_K
+        Sums over this rank's rows, float64; zeros where a rank has no rows.
+    reduce
+        Sum over the ranks; None with one rank.
+
+    Returns
+    -------
+    Tensor
+        (K,) float64 with mean 0, the same on all ranks; ``softmax(logits / temperature + it)`` are the scores.
     """
     if reduce is not None:
         mass_K = reduce(mass_K)

@@ -189,6 +189,15 @@ def add_noise(image_NCPP: Tensor, deviation_N: NDArray[np.float64], place_N4: ND
 
     Fresh noise for every pixel of a run that can go on anywhere would need a hash of every pixel. A crop takes a window
     of one of eight noise images, at a place and with a sign of its own.
+
+    Parameters
+    ----------
+    image_NCPP
+        Float, colours 0 to 1; changed.
+    deviation_N
+        Standard deviation of each crop's noise, in the image's unit.
+    place_N4
+        See :class:`Look`.
     """
     px = image_NCPP.shape[-1]
     bank = noise_bank(px, image_NCPP.device)
@@ -207,7 +216,17 @@ def _basis(stains_x23: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def apply_affine(image_NCPP: Tensor, affine_N34: Tensor, out_NCPP: Tensor) -> None:
-    """Write each crop's colours, mapped by its matrix and constant, to ``out_NCPP``; values may leave 0..1."""
+    """Write each crop's colours, mapped by its matrix and constant, to ``out_NCPP``; values may leave 0..1.
+
+    Parameters
+    ----------
+    image_NCPP
+        Float; not changed.
+    affine_N34
+        A matrix and a constant for each crop, of the image's type and on its device.
+    out_NCPP
+        Float, contiguous; not the image itself.
+    """
     matrix_N33, constant_N31 = affine_N34[:, :, :3], affine_N34[:, :, 3:]
     torch.baddbmm(constant_N31, matrix_N33, image_NCPP.flatten(2), out=out_NCPP.flatten(2))
 
@@ -216,6 +235,15 @@ def apply_stain(image_NCPP: Tensor, stain_N34: Tensor, out_NCPP: Tensor) -> None
     """Write each crop under its changed stain to ``out_NCPP``; values may leave 0..1. The image is overwritten.
 
     Optical density is ``-ln(value)``, so ``ln(value') = M ln(value) - b``. Values have to be ``DARKEST`` or more.
+
+    Parameters
+    ----------
+    image_NCPP
+        Float, colours from ``DARKEST`` to 1; afterwards it holds their logarithms.
+    stain_N34
+        A map of optical densities for each crop (see :func:`draw_stain`), of the image's type and on its device.
+    out_NCPP
+        Float, contiguous; not the image itself.
     """
     minus_offset = torch.tensor([1.0, 1.0, 1.0, -1.0], device=stain_N34.device)
     apply_affine(image_NCPP.log_(), stain_N34 * minus_offset, out_NCPP)

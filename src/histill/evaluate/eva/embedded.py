@@ -77,7 +77,21 @@ class EmbeddedSet:
         embed_slide: EmbedSlide | None,
         bars: Progress,
     ) -> EmbeddedSet:
-        """Read the set, and embed the rows that the task uses (``quick``: some of them)."""
+        """Read the set, and embed the rows that the task uses (``quick``: some of them).
+
+        Parameters
+        ----------
+        task, root
+            The task, and the folder of its data.
+        embedder, cache
+            Who embeds, and what keeps the features.
+        quick
+            Only some rows of each class.
+        embed_slide
+            For a task of slides.
+        bars
+            Gets a bar.
+        """
         data: Any = task.read(root) if task.kind == "slide" else task.read(root, task.tile_px)  # type: ignore[call-arg]
         notes = _count_notes(task, data)
         used = np.flatnonzero(np.isin(data.split_N, ("train", "val", task.scored)))
@@ -133,7 +147,7 @@ class EmbeddedSet:
     def train(
         self, rows: Rows, schedule: Schedule, parts: Parts, seeds: list[int], device: str, report: Report
     ) -> None:
-        """Train the runs of these seeds and keep them."""
+        """Train the runs of these seeds and keep them; arguments as of ``patch_runs``."""
         more = (rows, self.task, schedule, parts, seeds, device, report)
         if self.tiles is not None:
             segmentation_runs(self.features, self.tiles.images_NHW3, self.tiles.masks_NHW, *more)

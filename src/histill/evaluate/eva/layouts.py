@@ -215,6 +215,11 @@ def read_bach(root: Path, tile_px: int) -> PatchSet:
     """BACH: ``ICIAR2018_BACH_Challenge/Photos/<class>/{b,is,iv,n}<number>.tif``, 268 train and 132 val.
 
     The split is eva's, by the number in the file name; patients are not part of the distribution.
+
+    Raises
+    ------
+    DataError
+        A folder, table or file is missing, there are no images, or one is not named, labelled or shaped as published.
     """
     photos = required(root / "ICIAR2018_BACH_Challenge" / "Photos", "BACH")
     rows = []
@@ -253,7 +258,7 @@ _MHIST_COLUMNS = (
 def read_mhist(root: Path, tile_px: int) -> PatchSet:
     """MHIST: ``images/*.png`` and ``annotations.csv``; its train partition train, its test partition val.
 
-    The original stops on the test partition and scores it too; patients are not given.
+    The original stops on the test partition and scores it too; patients are unknown. Errors as of :func:`read_bach`.
     """
     table, classes, rows = root / "annotations.csv", ("HP", "SSA"), []
     for line, entry in enumerate(read_table(table, _MHIST_COLUMNS, "MHIST"), start=2):
@@ -288,6 +293,7 @@ def read_breakhis(root: Path, tile_px: int) -> PatchSet:
 
     The four types with at least seven patients (tubular adenoma, mucinous carcinoma, fibroadenoma, ductal carcinoma),
     as the original; type and patient stand in the file name (``SOB_B_TA-14-4659-40-001.png``). 1,132 train, 339 val.
+    Errors as of :func:`read_bach`.
     """
     breast = required(root / "BreaKHis_v1" / "histology_slides" / "breast", "BreakHis")
     rows = []
@@ -312,6 +318,7 @@ def read_gleason(root: Path, tile_px: int) -> PatchSet:
 
     The class stands at the end of the file name (``..._class_2.jpg``), the microarray at its start: ZT76 val, ZT111,
     ZT199 and ZT204 train, ZT80 test. A group is a tissue core, of which there is one per patient.
+    Errors as of :func:`read_bach`.
     """
     rows = []
     for folder in ("train_validation_patches_750", "test_patches_750/patho_1"):
@@ -330,6 +337,7 @@ def read_pcam(root: Path, tile_px: int) -> PatchSet:
     """PCam: ``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5``, ``x`` (N, 96, 96, 3), ``y`` (N, 1, 1, 1).
 
     The slide of each patch is read from ``..._meta.csv`` (column ``wsi``) where all three tables lie beside them.
+    Errors as of :func:`read_bach`.
     """
     stems = {split: f"camelyonpatch_level_2_split_{file}" for split, file in _PCAM_FILES.items()}
     labels, splits, groups, files = [], [], [], []

@@ -64,6 +64,11 @@ def read_camelyon16(root: Path) -> SlideSet:
 
     The table has no header; its first two columns are the name of a test slide and Normal or Tumor. 54 training
     slides, those that PCam validates on, are val (216 train, 129 test).
+
+    Raises
+    ------
+    DataError
+        A folder or the table is missing, there are no slides, or a test slide has no label.
     """
     paths, labels, splits = [], [], []
     for label, name in enumerate(("normal", "tumor")):
@@ -90,12 +95,24 @@ def read_camelyon16(root: Path) -> SlideSet:
 
 
 def read_panda_small(root: Path) -> SlideSet:
-    """Read a tenth of PANDA to train on and a twentieth each to stop on and to score: what eva's leaderboard shows."""
+    """Read a tenth of PANDA to train on and a twentieth each to stop on and to score: what eva's leaderboard shows.
+
+    Raises
+    ------
+    DataError
+        The folder, the table or a column is missing, there are no slides, or a grade is not 0 to 5.
+    """
     return _panda(root, (0.1, 0.05, 0.05))
 
 
 def read_panda(root: Path) -> SlideSet:
-    """All of PANDA: 70 % train, 15 % val, 15 % test."""
+    """All of PANDA: 70 % train, 15 % val, 15 % test.
+
+    Raises
+    ------
+    DataError
+        The folder, the table or a column is missing, there are no slides, or a grade is not 0 to 5.
+    """
     return _panda(root, (0.7, 0.15, 0.15))
 
 

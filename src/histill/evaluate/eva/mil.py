@@ -128,7 +128,26 @@ def attention_mil(parameters: Parameters, bags_RBND: torch.Tensor, filled_RBN: t
 def pooled_tiles(
     parameters: Parameters, bags_RBND: torch.Tensor, filled_RBN: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum tiles by their weights: slides (R, B, H), and the weights (R, B, N); see :func:`attention_mil`."""
+    """Sum tiles by their weights: slides (R, B, H), and the weights (R, B, N).
+
+    Source: Ilse et al., ICML 2018, equations 7 (the sum) and 9 (gated attention), on tiles projected to H first.
+
+    Parameters
+    ----------
+    parameters
+        Of R runs; ``project``, ``tanh``, ``sigmoid`` and ``weigh`` are used.
+    bags_RBND
+        Tiles, float32; what fills a bag up may hold any finite number.
+    filled_RBN
+        True where there is no tile; each bag has at least one tile.
+
+    Returns
+    -------
+    slide_RBH
+        float32.
+    weight_RBN
+        float32: adds up to 1 over the tiles of a bag, 0 where there is none.
+    """
     runs, bags, tiles, _ = bags_RBND.shape
     hidden_RXH = _layer(parameters, "project", bags_RBND.flatten(1, 2))
     gated_RXA = torch.tanh(_layer(parameters, "tanh", hidden_RXH))
@@ -219,6 +238,11 @@ def refit_mil(
     progress: Callable[[int], None] | None = None,
 ) -> Parameters:
     """Train one network per seed for all of ``schedule.epochs``, with nothing to stop on; arguments as of `train_mil`.
+
+    Returns
+    -------
+    dict
+        :data:`Parameters` of R = ``len(seeds)`` runs after the last epoch, float32, on ``device``.
 
     Raises
     ------

@@ -57,6 +57,17 @@ def rows_of(task: Task, split_N: Array, label_N: Array | None, group_N: Array | 
     The clean protocol takes a fifth of the training rows to stop on (by group where known, stratified by class), so
     that nothing of the scored split decides about the run.
 
+    Parameters
+    ----------
+    task
+        Which split it scores, and whether it stops on it.
+    split_N
+        ``train``, ``val`` or ``test`` of each row.
+    label_N
+        Classes; None for segmentation.
+    group_N
+        Patients or slides; None where they are not known.
+
     Raises
     ------
     DataError
@@ -117,7 +128,25 @@ def patch_runs(
     device: str,
     report: Report,
 ) -> None:
-    """Train and score the probes of these seeds together, and keep them."""
+    """Train and score the probes of these seeds together, and keep them.
+
+    Parameters
+    ----------
+    x_ND, label_N
+        Features and classes of the whole set.
+    rows
+        Which of them are fitted, stopped on and scored.
+    task, schedule
+        Number of classes; how long and how fast.
+    parts
+        Keeps each run.
+    seeds
+        One run each.
+    device
+        Of torch.
+    report
+        Told how far it is.
+    """
     assert isinstance(schedule, ProbeSchedule)
     probes = train_probes(
         x_ND[rows.fit],
@@ -147,7 +176,15 @@ def slide_runs(
     device: str,
     report: Report,
 ) -> None:
-    """Train and score the slide networks of these seeds, as many together as memory takes, and keep them."""
+    """Train and score the slide networks of these seeds, as many together as memory takes, and keep them.
+
+    Parameters
+    ----------
+    bags
+        Per slide (tiles, D), any float type.
+    label_N, rows, task, schedule, parts, seeds, device, report
+        As in :func:`patch_runs`.
+    """
     assert isinstance(schedule, MilSchedule)
     fit, stop, score = ([bags[row] for row in some] for some in (rows.fit, rows.stop, rows.score))
     together = runs_together(max(map(len, fit)), fit[0].shape[1], len(seeds), schedule.batch, _MEMORY, device)
@@ -186,7 +223,15 @@ def segmentation_runs(
     device: str,
     report: Report,
 ) -> None:
-    """Train and score one decoder after another, and keep them."""
+    """Train and score one decoder after another, and keep them.
+
+    Parameters
+    ----------
+    tokens_NPQD, images_NHW3, masks_NHW
+        As :func:`histill.evaluate.eva.segmentation.train_decoder` takes them, of the whole set.
+    rows, task, schedule, parts, seeds, device, report
+        As in :func:`patch_runs`.
+    """
     assert isinstance(schedule, SegmentationSchedule)
 
     def chosen(some: Array) -> tuple[Array, Array, Array]:

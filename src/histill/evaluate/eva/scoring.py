@@ -71,6 +71,15 @@ def stopping_split(label_N: Array, group_N: Array | None, *, seed: int = 0) -> t
     way. The first of five shuffled folds with every class on both sides is taken; where a class has few groups, of
     other shuffles, and of fewer folds.
 
+    Parameters
+    ----------
+    label_N
+        Classes of the training data.
+    group_N
+        Their patients or slides; None stratifies by class alone.
+    seed
+        Of the shuffles; equal arguments give equal splits.
+
     Raises
     ------
     DataError

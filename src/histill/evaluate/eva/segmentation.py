@@ -118,7 +118,17 @@ def dice_loss(logits_NCHW: torch.Tensor, masks_NHW: torch.Tensor) -> torch.Tenso
 
 
 def image_dice(predicted_HW: Array, mask_HW: Array, classes: int) -> Array:
-    """Dice (C - 1,) of one image's classes but background; NaN for a class that the mask does not have."""
+    """Dice (C - 1,) of one image's classes but background; NaN for a class that the mask does not have.
+
+    Parameters
+    ----------
+    predicted_HW
+        Classes, 0 to ``classes`` - 1.
+    mask_HW
+        The true ones, or :data:`IGNORE`: such pixels do not count.
+    classes
+        C, with background.
+    """
     counts = mask_HW != IGNORE
     pair = np.bincount(mask_HW[counts].astype(np.int64) * classes + predicted_HW[counts], minlength=classes**2)
     both_CC = pair.reshape(classes, classes)

@@ -271,6 +271,13 @@ def _columns(x: Any, columns_G: NDArray[np.intp], spots: int, genes: int, path: 
 def read_counts(path: Path, barcodes: Sequence[str], genes: Sequence[str]) -> NDArray[np.float64]:
     """Read the counts of some genes in some spots, in their order: float64 (N, G).
 
+    Parameters
+    ----------
+    path
+        An AnnData file (``.h5ad``).
+    barcodes, genes
+        Names of the spots and genes that are wanted.
+
     Raises
     ------
     DataError

@@ -186,7 +186,22 @@ def exact_ridge_pearson(
 def solve_exactly(
     train_NP: Array, test_MP: Array, target_NG: Array, target_MG: Array, alphas: Sequence[float] | Array
 ) -> NDArray[np.float64]:
-    """Ridge without intercept at every strength from one decomposition: Pearson on the test spots, float64 (A, G)."""
+    """Ridge without intercept at every strength from one decomposition: Pearson on the test spots, float64 (A, G).
+
+    Parameters
+    ----------
+    train_NP, test_MP
+        Components of both sides, float64.
+    target_NG, target_MG
+        Log expression of both sides, float64.
+    alphas
+        Strengths, 0 and above.
+
+    Returns
+    -------
+    ndarray
+        float64 (A, G); NaN where predictions or targets are constant.
+    """
     eigen_P, vectors_PP = np.linalg.eigh(train_NP.T @ train_NP)
     # directions without variance carry nothing; without a strength they would divide 0 by 0
     real_P = eigen_P > len(eigen_P) * np.finfo(np.float64).eps * eigen_P[-1]

@@ -56,6 +56,11 @@ def average_performance_drop(accuracy_LR: Array) -> float:
     float
         0: no drop; -0.05: 5 % lost.
 
+    Raises
+    ------
+    DataError
+        It has not two dimensions, fewer than two levels, or an accuracy of level 0 that is not above 0.
+
     References
     ----------
     Koemen et al. 2025, arXiv 2507.17845 (average performance drop).
@@ -74,6 +79,13 @@ def cell_shares(classes: int, centres: int, level: float) -> NDArray[np.float64]
 
     At level 0 each centre gives the same, at level 1 a class comes from one centre alone: class i from centre
     ``i * C // K``, so that centres have as many classes as can be.
+
+    Parameters
+    ----------
+    classes, centres
+        K and C.
+    level
+        0 (balanced) to 1 (wholly confounded).
     """
     home_K = np.arange(classes) * centres // classes
     at_home_KC = (home_K[:, None] == np.arange(centres)[None]).astype(np.float64)

@@ -105,6 +105,14 @@ def typed_neighbours(features_ND: Array, metadata: Metadata, k: int) -> tuple[ND
     tuple
         Two arrays (N,), float64 (fractions only where tiles tie for the k-th place); both NaN for tiles of the subset
         ``OOD``, which are no queries and no neighbours.
+
+    Raises
+    ------
+    ConfigError
+        ``k`` is no whole number, or below 1.
+    DataError
+        Lengths differ, a column or a value is missing, a feature is not finite, or a tile has fewer than k neighbours
+        on other slides.
     """
     columns = columns_of(metadata)
     unit_ND = unit_rows(as_features(np.asarray(features_ND), "features"))

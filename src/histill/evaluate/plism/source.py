@@ -72,6 +72,15 @@ def from_features(folder: Path, n_tiles: int | Literal["all"]) -> Source:
 def from_tiles(root: Path, embedder: Embedder, cache: FeatureCache, n_tiles: int | Literal["all"]) -> Source:
     """Open the data set's folder; a slide's tiles are embedded when it is first loaded.
 
+    Parameters
+    ----------
+    root
+        Folder of the data set.
+    embedder, cache
+        Who embeds, and what keeps the features.
+    n_tiles
+        Tiles of each slide, or all.
+
     Raises
     ------
     DataError

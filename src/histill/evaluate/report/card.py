@@ -36,7 +36,29 @@ def write_card(found: Collection, bundle: Path) -> list[dict[str, Any]]:
 
 
 def card_rows(found: Collection, bundle: Path, weights: str) -> list[dict[str, Any]]:
-    """Rows of the results that were measured on these weights, under whatever name."""
+    """Rows of the results that were measured on these weights, under whatever name.
+
+    Parameters
+    ----------
+    found
+        The results.
+    bundle
+        Its folder, for the error.
+    weights
+        Content hash of its encoder.
+
+    Returns
+    -------
+    list
+        As of :func:`write_card`: JSON-ready, a row for each headline score and pooling.
+
+    Raises
+    ------
+    ModelError
+        None of the results was measured on these weights.
+    DataError
+        Two results of the same score and pooling.
+    """
     own = {place: result for place, result in found.results.items() if result.weights == weights}
     if not own:
         scored = sorted({f"{encoder.name}: {r.weights or 'not stated'}" for (encoder, _), r in found.results.items()})
