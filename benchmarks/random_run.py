@@ -17,7 +17,7 @@ from histill.distill.parallel import compile_blocks
 from histill.distill.parts import Parts
 from histill.distill.plan import make_plan
 from histill.distill.plan_config import PlanConfig
-from histill.distill.precision import autocast_for, keep_freed_memory, pick_device, plain_attention_on_cpu
+from histill.distill.precision import autocast_for, keep_freed_memory, plain_attention_on_cpu
 from histill.distill.progress import Stopwatch
 from histill.distill.share import StepShare
 from histill.distill.step import train_step
@@ -26,6 +26,7 @@ from histill.distill.teacher import Teacher
 from histill.distributed import Ranks
 from histill.models import build_student, wrap
 from histill.models.encoder import Encoder
+from histill.models.machine import pick_device
 from histill.models.sources import build_empty, resolve
 from histill.tiles.loader import Batch
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from histill.cli import main
 from histill.distill.config import DistillConfig
-from histill.distill.precision import pick_device
 from histill.distill.record import read_rows
 from histill.errors import ConfigError
 from histill.models import STUDENTS, build_student, read_bundle, write_bundle
+from histill.models.machine import pick_device
 
 SMALL = [
     "--student=vit-nano",

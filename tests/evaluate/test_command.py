@@ -28,9 +28,10 @@ from histill.cli import main
 from histill.errors import ConfigError
 from histill.evaluate.command import _joined
 from histill.evaluate.config import AllConfig, HestConfig
-from histill.evaluate.encoders import check_names, pick_device, safe_name, slide_embedder
+from histill.evaluate.encoders import check_names, safe_name, slide_embedder
 from histill.evaluate.results import read_result, write_result
 from histill.models import STUDENTS, build_student, load_encoder, write_bundle
+from histill.models.machine import pick_device
 from histill.synthetic.slides import write_slide
 
 PX = 56
@@ -614,7 +615,7 @@ def test_two_encoders_do_not_share_a_folder(encoder: str, tmp_path: Path) -> Non
 
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="do not run on this device"):
+    with pytest.raises(ConfigError, match="no such device"):
         pick_device("meta")
     with pytest.raises(ConfigError, match="cannot be reached"):
         pick_device("cuda:99")

@@ -169,6 +169,11 @@ def sample_tiles(source: TileSource, wanted: int, image_px: int) -> torch.Tensor
         Tiles at most; fewer when the source has no more.
     image_px
         Side to which they are resized (bilinear, antialiased).
+
+    Raises
+    ------
+    DataError
+        Not one tile can be read.
     """
     tiles: list[torch.Tensor] = []
     lost = ""

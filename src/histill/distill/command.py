@@ -67,9 +67,10 @@ def run(argv: list[str]) -> int:
         raise ConfigError("options of a plan without --plan", got=" ".join(plan_options), remedy="add --plan")
     config.require_complete()
     from histill import distributed
-    from histill.distill.precision import keep_freed_memory, pick_device
+    from histill.distill.precision import keep_freed_memory
     from histill.distill.run import distill
     from histill.distill.table import print_summary
+    from histill.models.machine import pick_device
 
     keep_freed_memory(pick_device(config.device))  # of the program: callers of `histill.distill` keep their allocator
     ranks = distributed.join()

@@ -22,7 +22,7 @@ from histill.distill.config import DistillConfig
 from histill.distill.labelled import LabelledHead, LabelledSet, open_labelled
 from histill.distill.learner import Learner, Lesson, learner_of
 from histill.distill.parallel import compile_blocks, shard
-from histill.distill.precision import autocast_for, pick_device, plain_attention_on_cpu, store_products_in
+from histill.distill.precision import autocast_for, plain_attention_on_cpu, store_products_in
 from histill.distill.task import DistillTask
 from histill.distill.teacher import FitStep, Teacher
 from histill.distill.views import make_views
@@ -31,6 +31,7 @@ from histill.errors import ConfigError, DataError
 from histill.models import build_student, channel_statistics, fold_standardisation, load_encoder, wrap
 from histill.models.bundle import teacher_record
 from histill.models.encoder import Encoder
+from histill.models.machine import pick_device
 from histill.models.prune import prune_teacher, why_not_prunable
 from histill.tiles.loader import batches
 from histill.tiles.open import open_tiles

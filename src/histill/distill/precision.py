@@ -8,32 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from histill.errors import ConfigError
-
-__all__ = ["autocast_for", "keep_freed_memory", "pick_device", "plain_attention_on_cpu", "store_products_in"]
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or else the CPU.
-
-    Raises
-    ------
-    ConfigError
-        torch knows no device of this name, or it is a GPU and none can be reached.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            "there is no such device, or it cannot train", where="--device", got=name, allowed="auto, cpu, cuda, cuda:N"
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no GPU can be reached", where="--device", got=name, allowed="auto or cpu on this machine")
-    return device
+__all__ = ["autocast_for", "keep_freed_memory", "plain_attention_on_cpu", "store_products_in"]
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -138,7 +138,7 @@ class Teacher(nn.Module):
 
         Moments are taken of every token. The tokens for k-means are a sample, of at most 4 GiB for patches; the numbers
         of prototypes, where they are automatic, follow from the size of the samples. Nothing depends on how the tiles
-        are spread over ranks.
+        are spread over ranks. A token that is not finite is a ModelError.
 
         Parameters
         ----------
@@ -205,7 +205,13 @@ class Teacher(nn.Module):
             save_file(self.statistics(), temporary)
 
     def load_statistics(self, path: Path) -> None:
-        """Read what :meth:`save_statistics` wrote, in place of :meth:`fit`."""
+        """Read what :meth:`save_statistics` wrote, in place of :meth:`fit`.
+
+        Raises
+        ------
+        RunError
+            The file is missing or damaged, or does not fit this teacher.
+        """
         device = self.cls_standardiser.mean_D.device
         try:
             state = load_file(path, device=str(device))

@@ -17,10 +17,11 @@ from histill import config as configs
 from histill import files
 from histill.errors import ConfigError, HistillError, nearest
 from histill.evaluate.config import BENCHMARKS, AllConfig, BenchmarkConfig, EncoderConfig
-from histill.evaluate.encoders import check_names, embedders_of, open_encoder, pick_device
+from histill.evaluate.encoders import check_names, embedders_of, open_encoder
 from histill.evaluate.eva.tasks import TASKS
 from histill.evaluate.headlines import Absent, Headline, as_json, as_markdown
 from histill.evaluate.jobs import Job, jobs_of
+from histill.models.machine import pick_device
 
 __all__ = ["Outcome", "evaluate_all", "read_roots"]
 

@@ -71,6 +71,11 @@ class Check:
         -------
         ndarray
             (N, D) float32.
+
+        Raises
+        ------
+        DataError
+            ``embed`` gives something else than a row for each image.
         """
         blocks = []
         with torch.no_grad():
@@ -89,6 +94,11 @@ class Check:
     def score(self, features_ND: Array) -> dict[str, float]:
         """Score the features of :meth:`features`; all scores lie in -1 to 1, and higher is better.
 
+        Parameters
+        ----------
+        features_ND
+            Any float type, a row for each tile.
+
         Returns
         -------
         dict
@@ -97,6 +107,11 @@ class Check:
             ``linear_balanced_accuracy``, ``knn_auc``, ``knn_balanced_accuracy``: fitted on the split ``train``, scored
             on ``test``; ``val`` is not used.
             Paired: ``top_1``, ``top_10``, ``cosine`` of :func:`~histill.evaluate.retrieval.paired_retrieval`.
+
+        Raises
+        ------
+        DataError
+            Another number of rows, or a feature that is not finite.
         """
         if len(features_ND) != len(self.images_NCHW):
             raise DataError(

@@ -93,9 +93,10 @@ def _joined(kind: type[Any], argv: Sequence[str]) -> list[str]:
 def _run_one(config: BenchmarkConfig) -> int:
     from rich.console import Console
 
-    from histill.evaluate.encoders import check_names, embedders_of, open_encoder, pick_device
+    from histill.evaluate.encoders import check_names, embedders_of, open_encoder
     from histill.evaluate.headlines import Headline
     from histill.evaluate.jobs import jobs_of
+    from histill.models.machine import pick_device
 
     console, found = Console(stderr=True), []
     jobs = jobs_of(config)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from histill.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from histill.evaluate.config import EncoderConfig
 from histill.evaluate.embedding import Embedder, EncoderEmbedder
 from histill.evaluate.eva.embedded import EmbedSlide
 from histill.models.encoder import Embedding, Encoder, load_encoder
+from histill.models.machine import pick_device
 from histill.models.sources import resolve
 from histill.slides.grid import tile_origins, tissue_shares
 from histill.slides.open import open_slide
@@ -28,7 +28,7 @@ from histill.slides.render import TileRenderer
 from histill.slides.scale import resolve_scale
 from histill.slides.tissue import tissue_mask
 
-__all__ = ["check_names", "embedders_of", "open_encoder", "pick_device", "safe_name", "slide_embedder"]
+__all__ = ["check_names", "embedders_of", "open_encoder", "safe_name", "slide_embedder"]
 
 _LONGEST = 120
 """Characters of a folder's name; file systems take 255 bytes."""
@@ -68,28 +68,6 @@ def check_names(names: Sequence[str]) -> None:
                 remedy="rename one, or evaluate it into another --out",
             )
         taken[safe] = name
-
-
-def pick_device(name: str) -> torch.device:
-    """Find the device of ``--device``; ``auto`` is the GPU where there is one.
-
-    Raises
-    ------
-    ConfigError
-        torch knows no device of this name, it is neither CPU nor GPU, or this GPU cannot be reached.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    allowed = "auto, cpu, cuda, cuda:N"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError("there is no such device", where="--device", got=name, allowed=allowed) from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError("benchmarks do not run on this device", where="--device", got=name, allowed=allowed)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError("this GPU cannot be reached", where="--device", got=name, allowed="auto or cpu here")
-    return device
 
 
 def open_encoder(config: EncoderConfig, name: str) -> Encoder:

@@ -24,7 +24,7 @@ from histill.evaluate.config import (
 )
 from histill.evaluate.cost import cost_of
 from histill.evaluate.embedding import EncoderEmbedder, FeatureCache
-from histill.evaluate.encoders import pick_device, safe_name, slide_embedder
+from histill.evaluate.encoders import safe_name, slide_embedder
 from histill.evaluate.eva.run import run_eva
 from histill.evaluate.eva.tasks import find_task
 from histill.evaluate.hest.run import run_hest
@@ -34,6 +34,7 @@ from histill.evaluate.results import Result, read_result, write_result
 from histill.evaluate.slide_features import find_features
 from histill.evaluate.slide_level import run_slides
 from histill.evaluate.tables import run_paired, run_tiles
+from histill.models.machine import pick_device
 
 __all__ = ["Job", "jobs_of"]
 

@@ -25,7 +25,7 @@ from histill.models.engines import ENGINES, Engine, open_engine
 from histill.models.engines.choose import in_turns
 from histill.models.engines.folder import is_export, read_export
 from histill.models.engines.open import engine_of, full_name
-from histill.models.machine import held_bytes, peak_bytes, processor_name
+from histill.models.machine import held_bytes, peak_bytes, pick_device, processor_name
 
 __all__ = ["Row", "bench"]
 
@@ -106,7 +106,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         "rounds": config.rounds,
         "threads": threads,
         "device": config.device,
-        "processor": processor_name(torch.device(config.device)),
+        "processor": processor_name(pick_device(config.device)),
         "versions": {"histill": __version__, "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -137,7 +137,7 @@ def _pairs(config: BenchConfig) -> list[tuple[str, str]]:
 
 def _open(model: str, name: str, config: BenchConfig) -> _Opened:
     """Open one and run it once, watching the memory."""
-    device = torch.device(config.device)
+    device = pick_device(config.device)
     held = held_bytes(device)
     if is_export(model):
         exported = read_export(Path(model).expanduser())

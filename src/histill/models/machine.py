@@ -1,4 +1,4 @@
-"""What computes here, and how much memory it holds: for those who say what a model costs."""
+"""What computes here, and how much memory it holds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ import ctypes
 import gc
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["held_bytes", "peak_bytes", "processor_name"]
+from histill.errors import ConfigError
+
+__all__ = ["held_bytes", "peak_bytes", "pick_device", "processor_name"]
+
+
+def pick_device(name: str) -> torch.device:
+    """Find the device of ``--device``; ``auto`` is the first GPU, or else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        torch knows no device of this name, it is neither CPU nor GPU, or this GPU cannot be reached.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = None
+    with suppress(RuntimeError):
+        device = torch.device(name)
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError("there is no such device", where="--device", got=name, allowed="auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError("this GPU cannot be reached", where="--device", got=name, allowed="auto or cpu here")
+    return device
 
 
 def processor_name(device: torch.device) -> str:

@@ -59,6 +59,11 @@ def draw_field(kind: str, tile_px: int, seed: int, slide_effects: SlideEffects) 
         The same arguments give the same field.
     slide_effects
         What it shares with the other tiles of its slide.
+
+    Raises
+    ------
+    ConfigError
+        An unknown kind, or a side below 32.
     """
     if kind not in KINDS:
         raise ConfigError(f"there is no tissue '{kind}'", allowed=", ".join(KINDS), remedy=nearest(kind, KINDS))

@@ -203,7 +203,13 @@ class ImageFolder:
         return tile_at(positions_B, len(self), seed)
 
     def median_side_px(self, sample: int = 256) -> int:
-        """Median over evenly spaced tiles of the shorter side, in pixels, from the headers of the files."""
+        """Median over evenly spaced tiles of the shorter side, in pixels, from the headers of the files.
+
+        Raises
+        ------
+        DataError
+            Not one of these tiles can be opened.
+        """
         step = max(1, len(self) // sample)
         sides = []
         for index in range(0, len(self), step):

@@ -258,6 +258,11 @@ class Index:
             Row numbers, int64 (B,).
         columns
             Names; all when None.
+
+        Raises
+        ------
+        IndexError
+            There is no such row.
         """
         rows_B = np.asarray(rows_B, dtype=np.int64)
         if len(rows_B) and (rows_B.min() < 0 or rows_B.max() >= len(self)):

@@ -67,7 +67,13 @@ class SlideRecord:
 
     @classmethod
     def read(cls, path: Path) -> SlideRecord:
-        """Read a record."""
+        """Read a record.
+
+        Raises
+        ------
+        DataError
+            The record is damaged.
+        """
         try:
             values = files.read_json(path)
             values["shards"] = tuple(values["shards"])

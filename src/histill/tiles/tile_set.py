@@ -141,7 +141,13 @@ class TileSelection:
         return self.edges[-1]
 
     def row(self, index: int) -> int:
-        """Row in the index of a tile."""
+        """Row in the index of a tile.
+
+        Raises
+        ------
+        IndexError
+            There is no such tile.
+        """
         if not 0 <= index < self.edges[-1]:
             raise IndexError(f"tile {index} of {len(self)}")
         place = bisect_right(self.edges, index) - 1

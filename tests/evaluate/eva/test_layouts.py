@@ -113,10 +113,11 @@ def test_pcam_knows_slides_from_its_tables(tmp_path: Path, sets: Any) -> None:
 
 def test_a_damaged_pcam_is_refused(tmp_path: Path, sets: Any) -> None:
     root = sets.write_pcam(tmp_path, (6, 4, 5))
-    (root / "camelyonpatch_level_2_split_test_y.h5").write_bytes(b"not HDF5")
-    with pytest.raises(DataError, match="HDF5 file cannot be read"):
-        layouts.read_pcam(root, 96)
-    sets.write_pcam(root, (6, 4, 5))
+    for part in "xy":
+        (root / f"camelyonpatch_level_2_split_test_{part}.h5").write_bytes(b"not HDF5")
+        with pytest.raises(DataError, match="HDF5 file cannot be read"):
+            layouts.read_pcam(root, 96)
+        sets.write_pcam(root, (6, 4, 5))
     with h5py.File(root / "camelyonpatch_level_2_split_train_x.h5", "w") as file:
         file["x"] = np.zeros((5, 96, 96, 3), np.uint8)
     with pytest.raises(DataError, match="not as published"):

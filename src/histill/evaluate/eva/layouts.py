@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -345,8 +346,7 @@ def read_pcam(root: Path, tile_px: int) -> PatchSet:
     for split, stem in stems.items():
         images, table = (required(root / f"{stem}_{part}.h5", "PCam", folder=False) for part in "xy")
         label_N = _dataset(table, "y").reshape(-1).astype(np.int64)
-        with h5py.File(images, "r") as file:
-            shape = file["x"].shape if "x" in file else ()
+        shape = _dataset(images, "x", np.shape)
         if shape != (len(label_N), 96, 96, 3) or not np.isin(label_N, (0, 1)).all():
             raise DataError(
                 "a file of PCam is not as published",
@@ -391,9 +391,9 @@ def read_pcam(root: Path, tile_px: int) -> PatchSet:
 _PCAM_FILES = {"train": "train", "val": "valid", "test": "test"}
 
 
-def _dataset(path: Path, name: str) -> Array:
+def _dataset(path: Path, name: str, read: Callable[[Any], Any] = np.asarray) -> Any:
     try:
         with h5py.File(path, "r") as file:
-            return np.asarray(file[name])
+            return read(file[name])
     except (OSError, KeyError) as error:
         raise DataError("an HDF5 file cannot be read", where=path, got=error, allowed=f"a data set {name}") from None

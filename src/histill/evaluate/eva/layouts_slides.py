@@ -127,7 +127,10 @@ def _panda(root: Path, shares: tuple[float, float, float]) -> SlideSet:
     columns = ("image_id", "isup_grade")
     if noisy.is_file():
         rows = read_table(noisy, (*columns, "noise_ratio_10"), "PANDA")
-        kept = [row for row in rows if float(row["noise_ratio_10"]) == 0]
+        try:
+            kept = [row for row in rows if float(row["noise_ratio_10"]) == 0]
+        except ValueError as error:
+            raise DataError("noise_ratio_10 of a slide is no number", where=noisy, got=error) from None
         notes = (f"{len(rows) - len(kept)} slides with noisy labels are left out",)
     else:
         kept = read_table(root / "train.csv", columns, "PANDA")

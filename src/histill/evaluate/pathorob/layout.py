@@ -87,7 +87,13 @@ class Images:
     """Hex digest of the files' names and sizes and of the tiles' names."""
 
     def read(self, first: int, last: int) -> NDArray[np.uint8]:
-        """Tiles ``first`` to ``last`` (excluded): uint8 (B, H, W, 3), RGB."""
+        """Tiles ``first`` to ``last`` (excluded): uint8 (B, H, W, 3), RGB.
+
+        Raises
+        ------
+        DataError
+            A tile cannot be decoded, or they differ in size.
+        """
         rows = self.rows_T[first:last]
         group_of = np.searchsorted(self.starts, rows, side="right") - 1
         encoded = []
