@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", type=int, default=[0], help="0, 1 or both")
     parser.add_argument("--pack", nargs="+", type=int, default=[0], help="0, 1 or both")
     options = parser.parse_args()
-    torch.set_float32_matmul_precision("high")
     for batch in options.batch:
         for compiled in options.compile:
             for packed in options.pack:

@@ -10,10 +10,16 @@ if TYPE_CHECKING:
     from histill.distill import distill
     from histill.extract import extract
     from histill.models import load_encoder
+    from histill.models.engines import open_engine
 
-__all__ = ["__version__", "distill", "extract", "load_encoder"]
+__all__ = ["__version__", "distill", "extract", "load_encoder", "open_engine"]
 
-_WHERE = {"distill": "histill.distill", "extract": "histill.extract", "load_encoder": "histill.models"}
+_WHERE = {
+    "distill": "histill.distill",
+    "extract": "histill.extract",
+    "load_encoder": "histill.models",
+    "open_engine": "histill.models.engines",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -186,3 +186,18 @@ def test_token_similarities_ignore_a_rotation() -> None:
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert x_BND.grad is not None
     assert x_BND.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("held", [1, 300, 700])
+def test_relations_in_parts_are_those_at_once(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss() -> tuple[Tensor, Tensor]:
+        student = torch.randn(17, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        teacher = torch.randn(17, 7, generator=torch.Generator().manual_seed(2))
+        angle = relational_loss(student, teacher).angle
+        angle.backward()
+        assert student.grad is not None
+        return angle.detach(), student.grad
+
+    expected = loss()
+    monkeypatch.setattr("histill.distill.losses.relational._HELD_TRIPLETS", held)
+    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=1e-8)

@@ -32,6 +32,32 @@ def test_packed_tokens_and_gradients_are_those_of_each_size_alone(name: str, fus
         torch.testing.assert_close(grads[1][key], theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_packing_keeps_to_recomputed_activations() -> None:
+    """What autograd holds of a packed forward pass, in bytes; and the same gradients."""
+
+    def step(*, again: bool) -> tuple[int, dict[str, Any]]:
+        model, held = build_student("vit-tiny", seed=2), 0
+        model.set_grad_checkpointing(again)
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal held
+            held += tensor.numel() * tensor.element_size()
+            return tensor
+
+        torch.manual_seed(0)
+        groups = [torch.rand(3, 3, 56, 56), torch.rand(4, 3, 28, 28)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = pack_attention(model).tokens(groups)
+        forward = held
+        sum(each.square().mean() for each in found).backward()
+        return forward, {key: parameter.grad for key, parameter in model.named_parameters()}
+
+    (plain, expected), (again, found) = step(again=False), step(again=True)
+    assert again < 0.3 * plain
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_a_packed_model_still_takes_one_batch_and_keeps_its_weights_names() -> None:
     images = torch.rand(2, 3, 56, 56)
     model = build_student("vit-nano", seed=2).eval()

@@ -100,7 +100,8 @@ def test_ranks_share_what_is_sharded() -> None:
     plain = make_plan(config, PlanConfig(world=8))
     scale = dataclasses.replace(config.scale, students="shard", teachers="shard", micro_tiles=16)
     sharded = make_plan(dataclasses.replace(config, scale=scale), PlanConfig(world=8))
-    assert sharded.student_bytes == plain.student_bytes // 8
+    average = 4 * plain.student_parameters  # stays whole beside the shards, for checks and the bundle
+    assert sharded.student_bytes == plain.student_bytes // 8 + average
     assert sharded.teacher_bytes == plain.teacher_bytes * 2 // 8  # shards are float32
     assert sharded.activation_bytes == plain.activation_bytes / 8
     assert plain.tiles_per_second("h100", 0.4) == 8 * make_plan(config, PlanConfig()).tiles_per_second("h100", 0.4)
@@ -124,6 +125,13 @@ def test_what_cannot_be_planned_is_refused(capsys: pytest.CaptureFixture[str]) -
         make_plan(config, PlanConfig(world=128))
     with pytest.raises(ModelError, match="once it is downloaded"):
         make_plan(dataclasses.replace(config, teacher=("hf-hub:nobody/nothing",)), PlanConfig())
+    with pytest.raises(ConfigError, match="does not know this"):
+        make_plan(dataclasses.replace(config, precision="fp32"), PlanConfig())
+    with pytest.raises(ConfigError, match="does not know this"):
+        make_plan(dataclasses.replace(config, minutes=5.0), PlanConfig())
+    odd = dataclasses.replace(config, views=dataclasses.replace(config.views, global_px=100))
+    with pytest.raises(ConfigError, match="a multiple of 14"):
+        make_plan(odd, PlanConfig())
     with pytest.raises(ConfigError, match="h100"):
         PlanConfig(gpu=("h101",))
     assert main(["distill", "h0-mini", "--plan"]) == 1

@@ -22,6 +22,7 @@ from histill.cli import main
 from histill.distill.checkpoint import latest
 from histill.distill.record import read_rows
 from histill.models import read_bundle
+from histill.synthetic.slides import write_slide
 
 STEPS = 20
 ALL_TERMS = ("--objective.token-cls=1", "--objective.token-patch=1", "--objective.relational=1")
@@ -233,6 +234,51 @@ def test_each_objective_alone(terms: str, small_teacher: Path, small_tiles: Path
     assert main(options(small_teacher, small_tiles, tmp_path / "one", *terms.split())) == 0
     finish(torchrun(2, options(small_teacher, small_tiles, tmp_path / "two", *terms.split())))
     assert_same_losses(tmp_path / "two", tmp_path / "one")
+
+
+def test_ranks_without_a_tile_of_a_fit_or_of_a_labelled_set_take_part(
+    small_teacher: Path, small_tiles: Path, tmp_path: Path
+) -> None:
+    """The last batch of the fit has one tile, and a step two labelled ones, for three ranks with sharded teachers."""
+    more = [*ALL_TERMS, "--objective.fit-tiles=33", f"--labelled={small_tiles / 'labels.csv'}", "--labelled-tiles=2"]
+    assert main(options(small_teacher, small_tiles, tmp_path / "one", *more, steps=4)) == 0
+    sharded = ["--scale.teachers=shard", "--scale.students=replicate"]
+    finish(torchrun(3, options(small_teacher, small_tiles, tmp_path / "three", *more, *sharded, steps=4)))
+    assert_same_losses(tmp_path / "three", tmp_path / "one", 4)
+    assert "labelled_labels" in trained(tmp_path / "three")[-1]
+
+
+def test_ranks_read_slides_through_one_index(small_teacher: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        path = tmp_path / "slides" / f"s{number}.svs"
+        path.parent.mkdir(exist_ok=True)
+        write_slide(path, width_px=1800, height_px=1600, mpp=0.5, seed=number)
+    more = ["--views.global-px=56", "--views.local-px=28", "--objective.cls-prototypes=4"]
+    finish(torchrun(2, options(small_teacher, tmp_path / "slides", tmp_path / "out", *more, steps=2)))
+    assert len(trained(tmp_path / "out")) == 2
+
+
+def test_more_ranks_than_tiles_of_a_step_are_refused_at_the_start(
+    small_teacher: Path, small_tiles: Path, tmp_path: Path
+) -> None:
+    job = torchrun(3, [*options(small_teacher, small_tiles, tmp_path / "out"), "--batch-tiles=2"])
+    text = job.communicate(timeout=300)[0]
+    assert job.returncode != 0
+    assert "each process needs a tile" in text
+    assert not list((tmp_path / "out").glob("teacher_statistics*"))
+
+
+def test_a_run_goes_on_in_another_layout(small_teacher: Path, small_tiles: Path, tmp_path: Path) -> None:
+    plain = options(small_teacher, small_tiles, tmp_path / "plain", "--objective.token-cls=1", steps=6)
+    assert main(plain) == 0
+    arguments = options(small_teacher, small_tiles, tmp_path / "run", "--objective.token-cls=1", steps=6)
+    process = subprocess.Popen([sys.executable, "-m", "histill", *arguments, "--checkpoint-minutes=0.0001"])
+    wait_for_steps(process, tmp_path / "run", 3)  # type: ignore[arg-type]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+    other = ["--scale.pack=True", "--scale.checkpoint-activations=True", "--loader-threads=2", "--device=cpu"]
+    assert main([*arguments, *other]) == 0
+    assert_same_losses(tmp_path / "run", tmp_path / "plain", 6)
 
 
 @pytest.mark.parametrize(

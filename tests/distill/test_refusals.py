@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from histill.cli import main
 from histill.distill.config import DistillConfig
@@ -215,3 +216,38 @@ def test_a_signal_while_preparing_ends_it_at_once(small_teacher: Path, small_til
     assert process.returncode == 0, text
     assert "stopped; the same command goes on" in text
     assert not (out / "plan.json").exists()
+
+
+def labelled(folder: Path, name: str, values: list[str], column: str = "label") -> Path:
+    lines = [f"path,{column}", *(f"{number:02d}.jpg,{value}" for number, value in enumerate(values))]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["train.csv", "my.labels.csv"])
+def test_a_labelled_table_may_have_any_name(name: str, small_teacher: Path, few: Path, tmp_path: Path) -> None:
+    table = labelled(few, name, ["a", "b"] * 6)
+    arguments = command(small_teacher, few, tmp_path / "out", "--steps", "2", "--labelled", str(table))
+    assert main(arguments) == 0
+    stem = name.removesuffix(".csv")
+    heads = load_file(tmp_path / "out" / "student" / "labelled_heads.safetensors")
+    assert set(heads) == {f"{stem}.linear.weight", f"{stem}.linear.bias"}
+    assert all(f"labelled_{stem}" in row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row)
+
+
+@pytest.mark.parametrize("missing", ["", "NaN", " "])
+def test_a_missing_label_is_no_class(
+    missing: str, small_teacher: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = labelled(few, "some.csv", ["b", "a", missing, *["a", "b"] * 4])
+    arguments = command(small_teacher, few, tmp_path / "out", "--steps", "1", "--labelled", str(table))
+    fails(arguments, capsys, "missing", "line 4")
+
+
+def test_a_tile_with_two_labels_is_refused(
+    small_teacher: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = labelled(few, "some.csv", ["a", "b"])
+    table.write_text(table.read_text() + "00.jpg,a \n01.jpg,a\n")
+    arguments = command(small_teacher, few, tmp_path / "out", "--steps", "1", "--labelled", str(table))
+    fails(arguments, capsys, "two labels", "b and a", "line 5")

@@ -6,6 +6,7 @@ import pytest
 
 from histill.errors import ConfigError
 from histill.export.bench_command import run
+from histill.export.command import run as export_command
 
 
 def measured(capsys, *arguments):
@@ -45,9 +46,21 @@ def test_the_table(bundle, capsys):
 
 
 def test_refusals(bundle):
-    with pytest.raises(ConfigError, match="none of these models"):
+    with pytest.raises(ConfigError, match="can run this model"):
         run([str(bundle), "--engine", "openvino-int8"])
     with pytest.raises(ConfigError, match="no such engine"):
         run([str(bundle), "--engine", "tensorrt"])
     with pytest.raises(SystemExit, match="2"):
         run([str(bundle), "--batch", "0"])
+
+
+def test_a_model_that_no_engine_can_run_is_not_left_out(bundle, tiles, tmp_path):
+    assert export_command([str(bundle), "--to", "onnx", "--tiles", str(tiles), "--out", str(tmp_path / "onnx")]) == 0
+    with pytest.raises(ConfigError, match="can run this model"):
+        run([str(bundle), str(tmp_path / "onnx"), "--engine", "torch", "--rounds", "2"])
+
+
+def test_devices(bundle, capsys):
+    assert measured(capsys, bundle, "--device", "auto")["device"] in ("cpu", "cuda")
+    with pytest.raises(ConfigError, match="no such device"):
+        run([str(bundle), "--device", "banana"])

@@ -138,3 +138,36 @@ def test_a_plain_folder_has_no_origin(make_bundle, tmp_path):
     (bundle / "histill.json").unlink()
     with pytest.raises(ModelError, match="it has no histill"):
         export(bundle, tmp_path / "hub")
+
+
+def test_another_bundle_is_never_replaced(make_bundle, tmp_path):
+    bundle, other = make_bundle(tmp_path / "nano"), make_bundle(tmp_path / "other", seed=1)
+    before = (other / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="holds something else"):
+        export(bundle, other)
+    assert (other / "model.safetensors").read_bytes() == before
+
+
+def test_relative_paths_of_settings_are_cut_too():
+    settings = {
+        "tiles": "ward7/dr-miller/tiles",
+        "checks": {"tables": ["ward7/a.csv"]},
+        "labelled": ["ward7/dr-miller/cells.csv,column=label,weight=2.0"],
+        "init": "local-dir:ward7/start",
+        "optimiser": {"base_lr": 0.1},
+    }
+    shown = public_record({"config": settings})["config"]
+    assert shown == {
+        "tiles": "tiles",
+        "checks": {"tables": ["a.csv"]},
+        "labelled": ["cells.csv,column=label,weight=2.0"],
+        "init": "local-dir:start",
+        "optimiser": {"base_lr": 0.1},
+    }
+
+
+def test_the_card_says_the_scale(make_bundle, tmp_path):
+    export(make_bundle(tmp_path / "nano", mpp=0.5), tmp_path / "hub")
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "at 0.5 microns per pixel" in text
+    assert "| microns per pixel | 0.5 |" in text

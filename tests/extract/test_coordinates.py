@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -168,3 +169,40 @@ def test_other_coordinates_in_the_same_folder_are_refused(
     write(path, TRIDENT, [[1, 1]])
     assert extract(drawn / "a.svs", model, tmp_path / "out", path) == 1
     assert "done with another mask" in capsys.readouterr().err
+
+
+def test_slides_of_one_name_do_not_share_coordinates(model: Path, drawn: Path, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        folder = tmp_path / "slides" / f"s{number}"
+        folder.mkdir(parents=True)
+        (folder / "x.svs").write_bytes((drawn / f"{name}.svs").read_bytes())
+    write(tmp_path / "by-file" / "x_patches.h5", TRIDENT)
+    assert extract(tmp_path / "slides", model, tmp_path / "out", tmp_path / "by-file") == 2
+    assert "s0__x_patches.h5" in error_of(tmp_path / "out", "s0__x")
+    part = ("--shard", "0/2")
+    assert extract(tmp_path / "slides", model, tmp_path / "part", tmp_path / "by-file", *part) == 2, "of a part too"
+    write(tmp_path / "by-id" / "s0__x_patches.h5", TRIDENT)
+    write(tmp_path / "by-id" / "s1__x_patches.h5", TRIDENT, [[0, 0]])
+    assert extract(tmp_path / "slides", model, tmp_path / "whole", tmp_path / "by-id") == 0
+
+
+def test_the_overlap_of_the_file_stays(model: Path, drawn: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", TRIDENT | {"patch_size": 112, "patch_size_level0": 56, "overlap": 28}, INSIDE)
+    assert extract(drawn / "a.svs", model, tmp_path / "out", tmp_path / "a.h5") == 0
+    with h5py.File(tmp_path / "out" / "features" / "a.h5") as file:
+        assert file["coords"].attrs["overlap"] == 14  # a quarter of 56
+
+
+def test_the_size_in_level_0_pixels_is_enough(model: Path, drawn: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", {"patch_size_level0": 56}, INSIDE)
+    assert extract(drawn / "a.svs", model, tmp_path / "out", tmp_path / "a.h5") == 0
+
+
+def test_an_unknown_scale_must_be_taken_knowingly(
+    make_bundle: Callable[..., Path], drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = make_bundle(tmp_path / "model", provenance={})
+    write(tmp_path / "a.h5", TRIDENT, INSIDE)
+    assert extract(drawn / "a.svs", unknown, tmp_path / "out", tmp_path / "a.h5") == 1
+    assert "--any-mpp" in capsys.readouterr().err
+    assert extract(drawn / "a.svs", unknown, tmp_path / "out", tmp_path / "a.h5", "--any-mpp") == 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from histill.cli import main
+from histill.evaluate.slide_features import find_features
 
 
 def extract(slides: object, model: Path, out: Path, *options: object) -> int:
@@ -154,3 +157,88 @@ def test_a_bundle_carries_its_own_scale_and_normalisation(
     assert extract(drawn / "a.svs", own, tmp_path / "out") == 0
     settings = json.loads((tmp_path / "out" / "features.json").read_text())
     assert (settings["mpp"], settings["mean"]) == (1.0, [0.5, 0.4, 0.6])
+
+
+def test_an_export_keeps_scale_and_normalisation(
+    drawn: Path, model: Path, make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiles = tmp_path / "tiles"
+    tiles.mkdir()
+    for number in range(3):
+        Image.new("RGB", (56, 56), (200, 150, 40 * number)).save(tiles / f"{number}.png")
+    to_onnx = ["--to", "onnx", "--verify-tiles", "2", "--tiles", str(tiles)]
+    assert main(["export", str(model), *to_onnx, "--out", str(tmp_path / "onnx")]) == 0
+    engine = ("--engine", "onnxruntime")
+    assert extract(drawn / "a.svs", tmp_path / "onnx", tmp_path / "out", *engine) == 0, "the scale of the bundle"
+    assert extract(drawn / "a.svs", tmp_path / "onnx", tmp_path / "other", "--mpp", 1.0, *engine) == 1
+    assert "0.5 um/px" in capsys.readouterr().err
+    broken = make_bundle(tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (broken / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(broken), *to_onnx, "--out", str(tmp_path / "never")]) == 1
+    assert "normalisation" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("mpp", "half"), ("mpp", 0), ("mean", "x"), ("std", [1, 2])])
+def test_a_damaged_record_is_named(
+    name: str,
+    value: object,
+    drawn: Path,
+    make_bundle: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = make_bundle(tmp_path / "model")
+    record = json.loads((broken / "histill.json").read_text()) | {name: value}
+    (broken / "histill.json").write_text(json.dumps(record))
+    assert extract(drawn / "a.svs", broken, tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert "damaged" in told
+    assert name in told
+
+
+def test_a_model_may_be_written_in_two_ways(
+    drawn: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert extract(drawn / "a.svs", Path(model.name), tmp_path / "out") == 0
+    assert extract(drawn / "b.svs", model, tmp_path / "out") == 0
+    assert find_features(tmp_path / "out").encoder == model.name
+
+
+def test_lost_files_are_made_again_and_strays_go(drawn: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert extract(drawn, model, out) == 0
+    features = out / "features"
+    expected = (features / "a.h5").stat().st_size
+    (features / "a.h5").unlink()
+    (features / "b.h5").write_bytes((features / "b.h5").read_bytes()[:-100])
+    stray = features / ".tmp-0123456789abcdef.h5"
+    stray.write_bytes(b"of a killed process")
+    assert extract(drawn, model, out) == 0
+    assert (features / "a.h5").stat().st_size == expected
+    assert sorted(path.name for path in features.iterdir()) == ["a.h5", "b.h5"]
+    assert set(find_features(out).files) == {"a", "b"}
+
+
+def test_auto_takes_the_engine_with_which_another_process_began(
+    drawn: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job array: while this process measures, another one begins the folder with its own choice."""
+    import histill.extract.run as module
+
+    out, opened = tmp_path / "out", module.open_model
+
+    def slow(config: Any, known: Any, engine: str, device: str) -> Any:
+        if engine != "auto":
+            return opened(config, known, engine, device)
+        monkeypatch.setattr(module, "open_model", opened)
+        assert extract(drawn / "b.svs", model, out, "--engine", "onnxruntime") == 0
+        return opened(config, known, "torch-fp32", device)
+
+    monkeypatch.setattr(module, "open_model", slow)
+    assert extract(drawn / "a.svs", model, out, "--engine", "auto") == 0
+    assert json.loads((out / "features.json").read_text())["engine"] == "onnxruntime"
+    assert set(find_features(out).files) == {"a", "b"}

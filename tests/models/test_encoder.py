@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from histill.errors import DataError, ModelError
-from histill.models import STUDENTS, build_student, load_encoder, tokens_of, wrap
+from histill.models import STUDENTS, build_student, load_encoder, tokens_of, wrap, write_bundle
+from histill.models.known import known_of
 
 MEAN, STD = (0.7, 0.58, 0.7), (0.21, 0.23, 0.18)
 
@@ -171,3 +172,21 @@ def test_any_size_with_a_student_of_the_table():
     encoder = wrap(build_student("vit-nano", seed=0).eval(), name="s", mean=MEAN, std=STD)
     with torch.no_grad():
         assert encoder(random_images(1, 3, 98, 98)).patches_BHWD.shape == (1, 7, 7, 128)
+
+
+def test_a_bundle_from_the_hub_keeps_its_rule_and_scale(tmp_path, monkeypatch):
+    """The hub's own cache, as a download leaves it; no network."""
+    snapshot = tmp_path / "models--me--student" / "snapshots" / ("0" * 40)
+    facts = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "input_px": 56, "provenance": {}}
+    model = build_student("vit-nano", seed=0)
+    write_bundle(snapshot, model, STUDENTS["vit-nano"], embedding="cls+mean", mpp=1.0, **facts)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    encoder = load_encoder("hf-hub:me/student")
+    assert encoder.embedding == "cls+mean"
+    assert known_of("hf-hub:me/student").mpp == (1.0,)
+    (snapshot / "histill.json").unlink()
+    assert load_encoder("hf-hub:me/student").embedding == "cls"
+    assert known_of("hf-hub:me/student").mpp is None

@@ -9,6 +9,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock
 
+import histill
 from histill.errors import ConfigError, DataError, MissingExtraError, ModelError
 from histill.models import STUDENTS, build_student, load_encoder, wrap, write_bundle
 from histill.models.engines import ENGINES, open_engine
@@ -236,3 +237,14 @@ def test_compiled(bundle):
     engine = open_engine(str(bundle), engine="torch-compile-bf16", batch=4)
     cls_BD, _ = expected(bundle, images())
     assert torch.cosine_similarity(engine(images()).cls_BD, cls_BD).min() > 0.999
+
+
+def test_an_engine_embeds_by_the_models_rule(tmp_path):
+    facts = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "input_px": 56, "provenance": {}}
+    write_bundle(tmp_path / "b", build_student("vit-nano", seed=0), STUDENTS["vit-nano"], embedding="cls+mean", **facts)
+    images = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
+    engine = histill.open_engine(str(tmp_path / "b"), engine="torch-fp32")
+    with torch.inference_mode():
+        expected = load_encoder(str(tmp_path / "b")).embed(images)
+    assert engine.embedding_dim == expected.shape[1]
+    torch.testing.assert_close(engine.embed(images), expected)

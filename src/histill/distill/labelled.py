@@ -63,7 +63,9 @@ class LabelledBatch:
     """Float, 0 to 1."""
     targets_B: Tensor
     share: float
-    """Tiles here / tiles over all ranks."""
+    """Tiles here / tiles over all ranks; 0 for the black image that stands for none, so that every head takes part."""
+    seen: bool
+    """Whether any rank has a tile."""
 
 
 class LabelledHead(nn.Module):
@@ -100,7 +102,13 @@ def open_labelled(task: LabelledTask) -> LabelledSet:
     """
     folder = task.table.parent
     rows = read_table(task.table, ["path", task.column])
-    value_of = dict(zip(paths_of_table(task.table, rows, folder), (row[task.column] for row in rows), strict=True))
+    value_of: dict[str, str] = {}
+    for line, (path, row) in enumerate(zip(paths_of_table(task.table, rows, folder), rows, strict=True), start=2):
+        where, value = f"{task.table}, line {line}, column {task.column}", row[task.column].strip()
+        if value.lower() in ("", "nan"):
+            raise DataError("a label is missing", where=where, got=repr(row[task.column]), remedy="leave the row out")
+        if value_of.setdefault(path, value) != value:
+            raise DataError("a tile has two labels", where=where, got=f"{value_of[path]} and {value}: {path}")
     testing = [row for row in rows if row.get("split") == "test"]
     if len(testing) == len(rows):
         raise DataError(
@@ -169,8 +177,11 @@ def labelled_batch(
     all_tiles
         Tiles of this set over all ranks.
     """
+    if not len(batch.positions_B):
+        image_1CHW = torch.zeros(1, 3, views.global_px, views.global_px, device=device)
+        return LabelledBatch(labelled.name, image_1CHW, torch.zeros(1, device=device), 0.0, all_tiles > 0)
     made = make_views(
         batch.tiles_BCHW.to(device), batch.sizes_B2, batch.positions_B + _STREAM, _view_config(views), seed
     )
     targets_B = labelled.targets_of(batch.positions_B, seed).to(device)
-    return LabelledBatch(labelled.name, made.global_GBCHW[0], targets_B, len(batch.positions_B) / all_tiles)
+    return LabelledBatch(labelled.name, made.global_GBCHW[0], targets_B, len(batch.positions_B) / all_tiles, True)

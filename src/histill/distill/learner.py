@@ -14,7 +14,7 @@ from torch import nn
 from histill.distill.config import DistillConfig
 from histill.distill.labelled import LabelledBatch, LabelledHead
 from histill.distill.packing import pack_attention
-from histill.distill.parallel import compile_blocks, replicate, shard, whole
+from histill.distill.parallel import blocks_of, compile_blocks, replicate, same_as_first, shard, whole
 from histill.distill.targets import Said
 from histill.distill.task import DistillTask, Outcome, Step
 from histill.distill.views import Views
@@ -29,7 +29,8 @@ class Lesson(nn.Module):
 
     def __init__(self, student: Encoder, task: DistillTask, labelled: dict[str, LabelledHead]) -> None:
         super().__init__()
-        self.student, self.task, self.labelled = student, task, nn.ModuleDict(labelled)
+        self.student, self.task = student, task
+        self.labelled = nn.ModuleDict({_key(name): head for name, head in labelled.items()})
 
     def forward(
         self, views: Views, said: Sequence[Said], step: Step, labelled: Sequence[LabelledBatch] = ()
@@ -38,14 +39,20 @@ class Lesson(nn.Module):
         outcome: Outcome = self.task(self.student, views, said, step)
         loss, terms = outcome.loss, dict(outcome.terms)
         for batch in labelled:
-            head = self.labelled[batch.name]
+            head = self.labelled[_key(batch.name)]
             assert isinstance(head, LabelledHead)
             with step.autocast:
                 cls_BS = self.student(batch.images_BCHW).cls_BD
                 value = head(cls_BS, batch.targets_B)
-            terms[f"labelled_{batch.name}"] = batch.share * value
+            if batch.seen:
+                terms[f"labelled_{batch.name}"] = batch.share * value
             loss = loss + head.weight * batch.share * value
         return Outcome(loss, terms, outcome.monitors)
+
+
+def _key(name: str) -> str:
+    """The name of a set as torch takes it for a module: without a dot, and never that of one of its own methods."""
+    return "set " + name.replace(".", "\\")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +88,10 @@ class Learner:
 
     def heads(self) -> dict[str, torch.Tensor]:
         """The heads of labelled sets as plain tensors; every rank must ask for it."""
-        return {key: whole(value.detach()) for key, value in self.lesson.labelled.state_dict().items()}
+        return {
+            key.removeprefix("set ").replace("\\", "."): whole(value.detach())
+            for key, value in self.lesson.labelled.state_dict().items()
+        }
 
     def product(self) -> Encoder:
         """The average as a plain encoder; every rank must ask for it."""
@@ -126,11 +136,12 @@ def learner_of(
         compile_blocks(student)
     wrapped: nn.Module = lesson
     shell = None
+    if ranks.world > 1:  # each made them by itself, and eigenvectors may differ between processors
+        same_as_first(lesson, average)
     if ranks.world > 1 and config.scale.students == "shard":
         shell = copy.deepcopy(average)
-        model: Any = average.model
-        shard(average, model.blocks, device, ranks)
-        shard(lesson, student.blocks, device, ranks)
+        shard(average, blocks_of(average.model), device, ranks)
+        shard(lesson, blocks_of(student), device, ranks)
     elif ranks.world > 1:
         wrapped = replicate(lesson)
     return Learner(

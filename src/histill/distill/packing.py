@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from histill.errors import ModelError
 
@@ -33,16 +34,25 @@ class Packing:
         """Tokens (B, N, D) after the last norm, for each batch of images (B, 3, height, width) of one size."""
         model = self._model
         rows = [model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))) for images in groups]
-        self.layout = tuple((row.shape[0], row.shape[1]) for row in rows)
-        try:
-            row_1TD = torch.cat([row.flatten(0, 1) for row in rows])[None]
-            for block in model.blocks:
-                row_1TD = block(row_1TD)
-            row_TD = model.norm(row_1TD)[0]
-        finally:
-            layout, self.layout = self.layout, None
+        layout = tuple((row.shape[0], row.shape[1]) for row in rows)
+        row_1TD = torch.cat([row.flatten(0, 1) for row in rows])[None]
+        again = model.grad_checkpointing and torch.is_grad_enabled()
+        for block in model.blocks:
+            if again:  # timm does so in its own forward pass, which is not used here
+                row_1TD = checkpoint(self._block, block, row_1TD, layout, use_reentrant=False)
+            else:
+                row_1TD = self._block(block, row_1TD, layout)
+        row_TD = model.norm(row_1TD)[0]
         parts = row_TD.split([images * tokens for images, tokens in layout])
         return [part.unflatten(0, (images, tokens)) for part, (images, tokens) in zip(parts, layout, strict=True)]
+
+    def _block(self, block: Any, row_1TD: Tensor, layout: tuple[tuple[int, int], ...]) -> Tensor:
+        self.layout = layout
+        try:
+            out_1TD: Tensor = block(row_1TD)
+            return out_1TD
+        finally:
+            self.layout = None
 
 
 def pack_attention(model: Any) -> Packing:

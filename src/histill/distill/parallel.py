@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,14 +14,60 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from histill.distributed import Ranks
+from histill.errors import ModelError
 
-__all__ = ["compile_blocks", "gradients_wait", "like", "local", "replicate", "shard", "whole"]
+__all__ = [
+    "blocks_of",
+    "compile_blocks",
+    "gradients_wait",
+    "like",
+    "local",
+    "replicate",
+    "same_as_first",
+    "shard",
+    "whole",
+]
+
+_COMPILED = 64
+
+
+def blocks_of(model: Any) -> nn.ModuleList | nn.Sequential:
+    """The blocks of a vision transformer: of timm, or of transformers inside histill's wrapper.
+
+    Raises
+    ------
+    ModelError
+        It keeps them elsewhere.
+    """
+    for path in ("blocks", "inner.encoder.layer", "inner.layer"):
+        with suppress(AttributeError):
+            found: Any = model.get_submodule(path)
+            if isinstance(found, nn.ModuleList | nn.Sequential):
+                return found
+    raise ModelError(
+        "the blocks of this model are not known, so it can be neither sharded nor compiled block by block",
+        got=type(model).__name__,
+        remedy="--scale.teachers replicate --scale.compile False",
+    )
 
 
 def compile_blocks(model: Any) -> None:
-    """Compile each block of a timm vision transformer in place; equal blocks share one compiled code."""
-    for block in model.blocks:
+    """Compile each block of a vision transformer in place; equal blocks share one compiled code.
+
+    Every size and number of crops is a code of its own, and all models of a run share torch's limit of them; its eight
+    are soon spent on the fit and the checks, and the rest would run uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(_COMPILED, torch._dynamo.config.recompile_limit)
+    for block in blocks_of(model):
         block.compile(dynamic=False)
+
+
+@torch.no_grad()
+def same_as_first(*modules: nn.Module) -> None:
+    """Give every rank the first one's parameters and buffers; each calls it."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            torch.distributed.broadcast(tensor.data, 0)
 
 
 def replicate(module: nn.Module) -> nn.Module:

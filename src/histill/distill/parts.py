@@ -7,6 +7,7 @@ import math
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from histill.distill.checkpoint import TrainingState
 from histill.distill.config import DistillConfig
 from histill.distill.labelled import LabelledHead, LabelledSet, open_labelled
 from histill.distill.learner import Learner, Lesson, learner_of
-from histill.distill.parallel import compile_blocks, shard
+from histill.distill.parallel import blocks_of, compile_blocks, shard
 from histill.distill.precision import autocast_for, plain_attention_on_cpu, store_products_in
 from histill.distill.task import DistillTask
 from histill.distill.teacher import FitStep, Teacher
-from histill.distill.views import make_views
+from histill.distill.views import ViewConfig, make_views
 from histill.distributed import Ranks
 from histill.errors import ConfigError, DataError
 from histill.models import build_student, channel_statistics, fold_standardisation, load_encoder, wrap
@@ -38,7 +39,7 @@ from histill.tiles.open import open_tiles
 from histill.tiles.order import positions_of
 from histill.tiles.tile_set import TileSource
 
-__all__ = ["Parts", "build", "resolve_views", "statistics_paths", "student_folder", "untrained_student"]
+__all__ = ["Parts", "build", "resolve_views", "sized_views", "statistics_paths", "student_folder", "untrained_student"]
 
 _LOCAL_SHARE = 98 / 224
 _LARGEST_GLOBAL_PX = 224
@@ -126,11 +127,15 @@ def resolve_views(config: DistillConfig, source: TileSource, teacher_px: int, pa
     ConfigError
         A size, stated or found, is no multiple of ``patch_px``.
     """
-    views = config.views
+    side_px = 0 if config.views.global_px else min(teacher_px, source.median_side_px())
+    views = sized_views(config.views, side_px, patch_px)
+    return dataclasses.replace(config, views=views)
+
+
+def sized_views(views: ViewConfig, side_px: int, patch_px: int) -> ViewConfig:
+    """Fill in sizes of crops as :func:`resolve_views` does, for tiles and teachers of at least ``side_px``."""
     step_px = 2 * patch_px
-    global_px = views.global_px or max(
-        step_px, min(_LARGEST_GLOBAL_PX, teacher_px, source.median_side_px()) // step_px * step_px
-    )
+    global_px = views.global_px or max(step_px, min(_LARGEST_GLOBAL_PX, side_px) // step_px * step_px)
     local_px = views.local_px or max(patch_px, math.floor(global_px * _LOCAL_SHARE / patch_px + 0.5) * patch_px)
     for name, side in (("global_px", global_px), ("local_px", local_px)):
         if side % patch_px:
@@ -140,7 +145,7 @@ def resolve_views(config: DistillConfig, source: TileSource, teacher_px: int, pa
                 got=side,
                 allowed=f"a multiple of {patch_px}",
             )
-    return dataclasses.replace(config, views=dataclasses.replace(views, global_px=global_px, local_px=local_px))
+    return dataclasses.replace(views, global_px=global_px, local_px=local_px)
 
 
 def build(config: DistillConfig, folder: Path, *, ranks: Ranks | None = None, fresh: bool = True) -> Parts:
@@ -157,11 +162,12 @@ def build(config: DistillConfig, folder: Path, *, ranks: Ranks | None = None, fr
     ranks = ranks or Ranks()
     device = pick_device(config.device)
     autocast = autocast_for(device, config.precision)
-    source, tables = _tiles(config, folder)
+    source, tables = _tiles(config, folder, ranks)
     labelled = tuple(open_labelled(task) for task in config.labelled_tasks())
-    encoders = [
-        load_encoder(name, device=device, trust_remote_code=config.trust_remote_code) for name in config.teacher
-    ]
+    # A teacher that does not fit comes to its GPU block by block; pruning needs it whole.
+    whole = config.scale.teachers == "replicate" or ranks.world == 1 or config.init in ("auto", "pruned")
+    load = partial(load_encoder, device=device if whole else "cpu", trust_remote_code=config.trust_remote_code)
+    encoders = [load(name) for name in config.teacher]
     records = tuple(teacher_record(encoder) for encoder in encoders)
     students = [_student(config, name, encoders[0], device) for name in config.student]
     for model in (*encoders, *(student for student, _ in students)):
@@ -203,10 +209,12 @@ def build(config: DistillConfig, folder: Path, *, ranks: Ranks | None = None, fr
     )
 
 
-def _tiles(config: DistillConfig, folder: Path) -> tuple[TileSource, tuple[Path, ...]]:
+def _tiles(config: DistillConfig, folder: Path, ranks: Ranks) -> tuple[TileSource, tuple[Path, ...]]:
     """The training set, and the tables of the checks."""
     assert config.tiles is not None
     tables = config.checks.tables or check_tables(config.tiles)
+    if not ranks.first:
+        ranks.wait()  # the first one may write an index, which the others read
     source = open_tiles(
         config.tiles,
         table=config.table,
@@ -215,6 +223,15 @@ def _tiles(config: DistillConfig, folder: Path) -> tuple[TileSource, tuple[Path,
         hold_out_slides=config.hold_out_slides,
         index_folder=folder / "slides-index",
     )
+    if ranks.first:
+        ranks.wait()
+    if config.batch_tiles < ranks.world:
+        raise ConfigError(
+            "each process needs a tile in each step",
+            where="--batch-tiles",
+            got=f"{config.batch_tiles} tiles, {ranks.world} processes",
+            remedy="raise --batch-tiles",
+        )
     if len(source) < 2:
         raise DataError("a student learns from comparing tiles", where=source.root, got="1 tile", allowed="2 or more")
     return source, tables
@@ -268,8 +285,7 @@ def _teachers(
         if config.scale.compile:
             compile_blocks(encoder.model)
         if ranks.world > 1 and config.scale.teachers == "shard":
-            model: Any = encoder.model
-            shard(encoder, model.blocks, device, ranks)
+            shard(encoder, blocks_of(encoder.model), device, ranks)
         teacher = Teacher(encoder, config.objective, config.views.global_px).to(device)
         if is_known:
             teacher.load_statistics(path)
@@ -351,7 +367,8 @@ def _fit_crops(
 ) -> Generator[tuple[NDArray[np.int64], torch.Tensor]]:
     """One clean global crop of each of the first ``tiles`` tiles of a shuffled order, in batches, with their places.
 
-    With ``ranks`` each takes its share; otherwise every rank sees them all.
+    With ``ranks`` each takes its share, and a batch of which a rank has none comes as one black crop without a place;
+    otherwise every rank sees them all.
     """
     views = dataclasses.replace(config.views, n_global=1, n_local=0, teacher_view="clean")
     size, ranks = config.batch_tiles, ranks or Ranks()
@@ -367,6 +384,8 @@ def _fit_crops(
         for batch in stream:
             lost |= batch.unreadable
             if not len(batch.positions_B):
+                if ranks.world > 1:  # a sharded teacher waits for every rank: an empty one takes part with nothing
+                    yield batch.positions_B, torch.zeros(1, 3, views.global_px, views.global_px, device=device)
                 continue
             found = True
             crops = make_views(

@@ -7,6 +7,7 @@ their sizes. Tests hold all of it against torch's counter on a real step.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from histill.distill.config import DistillConfig
+from histill.distill.parts import sized_views
 from histill.distill.plan_config import GPUS, PlanConfig
-from histill.distill.prototypes import prototype_count
+from histill.distill.teacher import planned_prototypes
+from histill.distill.views import ViewConfig
 from histill.errors import ConfigError
 from histill.models import build_student
 from histill.models.sources import build_empty, resolve
@@ -45,6 +48,8 @@ class Plan:
     """Of all students, forward and backward."""
     head_flops: float
     """Of all students' heads, forward and backward, and the teachers' scores."""
+    tf32_flops: float
+    """Those of ``head_flops`` that are taken in TF32: patch tokens against prototypes."""
     batch_tiles: int
     steps: int
     world: int
@@ -71,7 +76,9 @@ class Plan:
 
     def tiles_per_second(self, gpu: str, utilisation: float) -> float:
         """Of all GPUs together."""
-        return self.world * GPUS[gpu].bf16_tflops * 1e12 * utilisation / self.flops
+        kind = GPUS[gpu]
+        seconds = (self.flops - self.tf32_flops) / kind.bf16_tflops + self.tf32_flops / kind.tf32_tflops
+        return self.world * 1e12 * utilisation / seconds
 
 
 @torch.no_grad()
@@ -108,10 +115,56 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
     Raises
     ------
     ConfigError
-        Fewer tiles in a step than processes.
+        Fewer tiles in a step than processes, crops that do not divide into patches, or what a plan does not know: other
+        precisions than bf16, and the speed that turns minutes into steps.
     ModelError
         An unknown model, or one whose architecture is not known here.
     """
+    _refuse(config, plan)
+    world = plan.world
+    teachers: list[Any] = [build_empty(resolve(name)) for name in config.teacher]
+    students = _empty_students(config)
+    views = sized_views(config.views, plan.tile_px, int(students[0].patch_embed.patch_size[0]))
+    n_local = views.n_local if config.objective.dino else 0
+    crops: list[tuple[int, float]] = [(views.global_px, views.n_global), (views.local_px, n_local)]
+    labelled = len(config.labelled) * config.labelled_tiles / config.batch_tiles
+    passes = 4 if config.scale.checkpoint_activations else 3
+    student_flops = sum(
+        passes * count * forward_flops(each, px)
+        for each in students
+        for px, count in [*crops, (views.global_px, labelled)]
+    )
+    teacher_flops = sum(views.n_global * forward_flops(each, _fitting(each, views.global_px)) for each in teachers)
+    between = _between(config, plan, teachers, students, dataclasses.replace(views, n_local=n_local))
+    teacher_parameters, student_parameters = (sum(map(_count, each)) for each in (teachers, students))
+    trained = student_parameters + between.parameters
+    kept = trained * _TRAINED_BYTES + student_parameters * _AVERAGE_BYTES
+    if config.scale.students == "shard" and world > 1:
+        kept = kept // world + student_parameters * _WEIGHT_BYTES  # and a whole average, for checks and bundle
+    sharded = config.scale.teachers == "shard" and world > 1  # shards are float32
+    tiles_here = math.ceil(config.batch_tiles / world)
+    part = min(tiles_here, config.scale.micro_tiles or tiles_here)
+    return Plan(
+        teacher_parameters=teacher_parameters,
+        student_parameters=student_parameters,
+        head_parameters=between.parameters,
+        teacher_flops=float(teacher_flops),
+        student_flops=float(student_flops),
+        head_flops=between.flops,
+        tf32_flops=between.tf32_flops,
+        batch_tiles=config.batch_tiles,
+        steps=config.steps or math.ceil(plan.tiles / config.batch_tiles),
+        world=world,
+        teacher_bytes=teacher_parameters * _WEIGHT_BYTES // world if sharded else teacher_parameters * _BF16_BYTES,
+        student_bytes=kept,
+        prototype_bytes=between.prototype_bytes,
+        activation_bytes=part
+        * max(_activations(each, crops, remade=config.scale.checkpoint_activations) for each in students),
+        gradient_bytes=_WEIGHT_BYTES * trained if world > 1 else 0,
+    )
+
+
+def _refuse(config: DistillConfig, plan: PlanConfig) -> None:
     if config.batch_tiles < plan.world:
         raise ConfigError(
             "each process needs a tile in each step",
@@ -119,48 +172,33 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
             got=f"{config.batch_tiles} tiles, {plan.world} processes",
             remedy="raise --batch-tiles",
         )
-    views, objective, world = config.views, config.objective, plan.world
-    teachers: list[Any] = [build_empty(resolve(name)) for name in config.teacher]
-    students = _empty_students(config)
-    patch_px = int(students[0].patch_embed.patch_size[0])
-    global_px = views.global_px or min(224, plan.tile_px) // (2 * patch_px) * 2 * patch_px
-    local_px = views.local_px or max(1, round(global_px * 98 / 224 / patch_px)) * patch_px
-    n_local = views.n_local if objective.dino else 0
-    tokens = views.n_global * (global_px // patch_px) ** 2
-    crops = [(global_px, views.n_global), (local_px, n_local)]
-    teacher_flops = float(sum(views.n_global * forward_flops(each, _fitting(each, global_px)) for each in teachers))
-    passes = 4 if config.scale.checkpoint_activations else 3
-    student_flops = float(sum(passes * count * forward_flops(each, px) for each in students for px, count in crops))
-    pairs = [
-        _heads(config, plan, student.num_features, teacher.num_features, tokens, n_local)
-        for student in students
-        for teacher in teachers
-    ]
-    head_parameters, heads = sum(count for count, _ in pairs), sum(operations for _, operations in pairs)
-    prototypes = sum(_prototypes(config, plan, tokens))
-    scores = sum(_score_flops(config, plan, teacher.num_features, tokens) for teacher in teachers)
-    teacher_parameters, student_parameters = (sum(map(_count, each)) for each in (teachers, students))
-    trained = student_parameters + head_parameters
-    kept = trained * _TRAINED_BYTES + student_parameters * _AVERAGE_BYTES
-    sharded = config.scale.teachers == "shard" and world > 1  # shards are float32
-    tiles_here = math.ceil(config.batch_tiles / world)
-    part = min(tiles_here, config.scale.micro_tiles or tiles_here)
-    return Plan(
-        teacher_parameters=teacher_parameters,
-        student_parameters=student_parameters,
-        head_parameters=head_parameters,
-        teacher_flops=teacher_flops,
-        student_flops=student_flops,
-        head_flops=heads + scores,
-        batch_tiles=config.batch_tiles,
-        steps=config.steps or math.ceil(plan.tiles / config.batch_tiles),
-        world=world,
-        teacher_bytes=teacher_parameters * _WEIGHT_BYTES // world if sharded else teacher_parameters * _BF16_BYTES,
-        student_bytes=kept // (world if config.scale.students == "shard" else 1),
-        prototype_bytes=4 * prototypes * sum(each.num_features for each in teachers),
-        activation_bytes=part
-        * max(_activations(each, crops, remade=config.scale.checkpoint_activations) for each in students),
-        gradient_bytes=_WEIGHT_BYTES * trained if world > 1 else 0,
+    if config.precision == "fp32" or config.minutes:
+        where = "--precision fp32" if config.precision == "fp32" else "--minutes"
+        raise ConfigError("a plan does not know this", where=where, allowed="bf16, and --steps or --plan.tiles")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Between:
+    """What stands between all students and all teachers: heads, adaptors, prototypes."""
+
+    parameters: int
+    flops: float
+    tf32_flops: float
+    prototype_bytes: int
+
+
+def _between(config: DistillConfig, plan: PlanConfig, teachers: Any, students: Any, views: ViewConfig) -> _Between:
+    tokens = views.n_global * (views.global_px // int(students[0].patch_embed.patch_size[0])) ** 2
+    parameters, flops, tf32_flops, prototypes = 0, 0.0, 0.0, 0
+    for teacher in teachers:
+        width, counts = int(teacher.num_features), _prototypes(config, plan, teacher, views.global_px)
+        cls, patches = _score_flops(config, counts, width, tokens)
+        flops, tf32_flops, prototypes = flops + cls + patches, tf32_flops + patches, prototypes + sum(counts) * width
+        for student in students:
+            own, operations, in_tf32 = _heads(config, counts, student.num_features, width, tokens, views.n_local)
+            parameters, flops, tf32_flops = parameters + own, flops + operations, tf32_flops + in_tf32
+    return _Between(
+        parameters=parameters, flops=flops, tf32_flops=tf32_flops, prototype_bytes=_WEIGHT_BYTES * prototypes
     )
 
 
@@ -178,14 +216,11 @@ def _fitting(model: Any, px: int) -> int:
     return max(1, round(px / patch_px)) * patch_px
 
 
-def _prototypes(config: DistillConfig, plan: PlanConfig, tokens: int) -> tuple[int, int]:
-    """Class and patch prototypes; automatic numbers as for a set of at least ``fit_tiles`` tiles."""
-    objective = config.objective
-    fitted = min(objective.fit_tiles, int(plan.tiles))
-    per_crop = tokens // config.views.n_global
-    cls = objective.cls_prototypes or prototype_count(fitted / 8, most=fitted)
-    patch = objective.patch_prototypes or prototype_count(fitted * per_crop / 256, most=fitted * per_crop)
-    return (cls if objective.dino else 0), (patch if objective.ibot else 0)
+def _prototypes(config: DistillConfig, plan: PlanConfig, teacher: Any, global_px: int) -> tuple[int, int]:
+    """Class and patch prototypes of a teacher, as the fit would make them from at least ``fit_tiles`` tiles."""
+    fitted = min(config.objective.fit_tiles, int(plan.tiles))
+    grid_tokens = (_fitting(teacher, global_px) // int(teacher.patch_embed.patch_size[0])) ** 2
+    return planned_prototypes(config.objective, fitted, grid_tokens, int(teacher.num_features))
 
 
 def _scored(config: DistillConfig, tokens: int) -> float:
@@ -193,14 +228,15 @@ def _scored(config: DistillConfig, tokens: int) -> float:
 
 
 def _heads(
-    config: DistillConfig, plan: PlanConfig, student_dim: int, teacher_dim: int, tokens: int, n_local: int
-) -> tuple[int, float]:
-    """Parameters and operations of what stands between one student and one teacher."""
+    config: DistillConfig, counts: tuple[int, int], student_dim: int, teacher_dim: int, tokens: int, n_local: int
+) -> tuple[int, float, float]:
+    """Parameters and operations of what stands between one student and one teacher, and those in TF32."""
     objective = config.objective
     hidden, bottleneck = objective.head_hidden, objective.head_bottleneck
     parameters, operations = 0, 0.0
     crops = config.views.n_global + n_local
-    for count, rows in zip(_prototypes(config, plan, tokens), (crops, _scored(config, tokens)), strict=True):
+    in_tf32 = 3 * 2 * _scored(config, tokens) * bottleneck * counts[1]
+    for count, rows in zip(counts, (crops, _scored(config, tokens)), strict=True):
         if count:
             parameters += student_dim * hidden + hidden * hidden + hidden * bottleneck + bottleneck * count
             operations += head_flops(rows, student_dim, hidden, bottleneck, count)
@@ -210,18 +246,17 @@ def _heads(
         if weight:
             parameters += products
             operations += 3 * 2 * rows * products
-    return parameters, operations
+    return parameters, operations, in_tf32
 
 
-def _score_flops(config: DistillConfig, plan: PlanConfig, teacher_dim: int, tokens: int) -> float:
-    """The teacher's scores: once for the class token; for patch tokens again in each of Sinkhorn's streams."""
-    cls, patch = _prototypes(config, plan, tokens)
+def _score_flops(config: DistillConfig, counts: tuple[int, int], teacher_dim: int, tokens: int) -> tuple[float, float]:
+    """The teacher's scores: once for class tokens; for patch tokens again in each of Sinkhorn's streams."""
     streams = config.objective.sinkhorn_iterations + 1
-    rows = cls * config.views.n_global + streams * patch * _scored(config, tokens)
-    return 2 * rows * teacher_dim
+    cls, patch = counts[0] * config.views.n_global, streams * counts[1] * _scored(config, tokens)
+    return 2.0 * cls * teacher_dim, 2.0 * patch * teacher_dim
 
 
-def _activations(model: Any, crops: list[tuple[int, int]], *, remade: bool) -> float:
+def _activations(model: Any, crops: list[tuple[int, float]], *, remade: bool) -> float:
     """Bytes that a vision transformer keeps of one tile for its backward pass, under bf16 autocast.
 
     Of each token and block: the residual stream in float32 before both norms; in bf16 what both norms give, queries,

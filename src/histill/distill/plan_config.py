@@ -16,18 +16,20 @@ class Gpu:
     title: str
     bf16_tflops: float
     """Dense bfloat16 matrix products with float32 sums, 10^12 operations a second."""
+    tf32_tflops: float
+    """The same of float32 numbers rounded to TF32."""
     memory_gb: float
     """10^9 bytes."""
 
 
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu(title="NVIDIA A100 80 GB SXM", bf16_tflops=312, memory_gb=80),
-    "h100": Gpu(title="NVIDIA H100 SXM", bf16_tflops=989, memory_gb=80),
-    "h200": Gpu(title="NVIDIA H200 SXM", bf16_tflops=989, memory_gb=141),
-    "b200": Gpu(title="NVIDIA B200", bf16_tflops=2250, memory_gb=180),
-    "l40s": Gpu(title="NVIDIA L40S", bf16_tflops=362, memory_gb=48),
-    "rtx4090": Gpu(title="NVIDIA RTX 4090", bf16_tflops=165, memory_gb=24),
-    "mi300x": Gpu(title="AMD MI300X", bf16_tflops=1307, memory_gb=192),
+    "a100": Gpu(title="NVIDIA A100 80 GB SXM", bf16_tflops=312, tf32_tflops=156, memory_gb=80),
+    "h100": Gpu(title="NVIDIA H100 SXM", bf16_tflops=989, tf32_tflops=494, memory_gb=80),
+    "h200": Gpu(title="NVIDIA H200 SXM", bf16_tflops=989, tf32_tflops=494, memory_gb=141),
+    "b200": Gpu(title="NVIDIA B200", bf16_tflops=2250, tf32_tflops=1125, memory_gb=180),
+    "l40s": Gpu(title="NVIDIA L40S", bf16_tflops=362, tf32_tflops=183, memory_gb=48),
+    "rtx4090": Gpu(title="NVIDIA RTX 4090", bf16_tflops=165, tf32_tflops=82.6, memory_gb=24),
+    "mi300x": Gpu(title="AMD MI300X", bf16_tflops=1307, tf32_tflops=653, memory_gb=192),
 }
 
 

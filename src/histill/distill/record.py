@@ -77,7 +77,7 @@ def one_process(folder: Path) -> Iterator[None]:
 def claim(config: DistillConfig, folder: Path) -> None:
     """Write the config into a fresh folder; refuse a folder that holds another run, or something else.
 
-    The folder itself does not count as a setting: a run may be moved.
+    Where it lies and how it is laid out over processes do not count as settings: a run may move.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def claim(config: DistillConfig, folder: Path) -> None:
         for stray in (*folder.rglob(".tmp-*"), *folder.rglob(".old-*")):  # a killed process's: only we write here
             shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
         there = configs.to_dict(configs.load(DistillConfig, path))
-        differing = [name for name in wanted if wanted[name] != there[name] and name != "out"]  # it may have moved
+        differing = [name for name in wanted if _learning(wanted)[name] != _learning(there)[name]]
         if not differing:
             return
         if (folder / "plan.json").exists():
@@ -109,6 +109,15 @@ def claim(config: DistillConfig, folder: Path) -> None:
             stale.unlink()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     configs.save(config, path)
+
+
+_LAYOUT = ("out", "loader_threads", "device", "checkpoint_minutes", "keep_checkpoints", "tensorboard")
+
+
+def _learning(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a config what decides the losses, the rest made equal: a run may move to other machines and layouts."""
+    scale = {"micro_tiles": values["scale"]["micro_tiles"]}
+    return {name: None if name in _LAYOUT else scale if name == "scale" else value for name, value in values.items()}
 
 
 class MetricsLog:

@@ -34,7 +34,7 @@ class StepShare:
     enough: bool
     """Whether the step can be taken: some tiles for every rank and part."""
     labelled_tiles: tuple[int, ...]
-    """Tiles of each labelled set over all ranks; 0 where a rank has none, and the set then sits this step out."""
+    """Tiles of each labelled set over all ranks."""
     unreadable: dict[str, str]
     """Path -> reason, over all ranks."""
     asked: bool
@@ -77,9 +77,7 @@ class StepShare:
             of_part=tuple(size / max(tiles, 1) for size in sizes_RP[ranks.rank]),
             of_pairs=tuple(size / max(tiles, 1) for size in pairs_P),
             enough=min(pairs_P) >= _LEAST_TILES and min(min(sizes) for sizes in sizes_RP) >= 1,
-            labelled_tiles=tuple(
-                sum(held) if min(held) else 0 for held in zip(*(row[4:] for row in table), strict=True)
-            ),
+            labelled_tiles=tuple(sum(held) for held in zip(*(row[4:] for row in table), strict=True)),
             unreadable=lost,
             asked=any(row[1] for row in table),
             due=bool(table[0][2]),

@@ -60,7 +60,6 @@ def train_step(
     extra = [
         labelled_batch(each, its, config.views, config.seed, parts.device, tiles)
         for each, its, tiles in zip(parts.labelled, labelled, share.labelled_tiles, strict=True)
-        if tiles
     ]
     watch.mark("views")
     said = []

@@ -144,7 +144,7 @@ class Teacher(nn.Module):
         ----------
         crops
             Batches of this rank: positions (B,) and float images, (B, 3, H, W) in 0..1; over all ranks they come from
-            ``tiles`` tiles.
+            ``tiles`` tiles. An image without a position is run and left out.
         tiles
             Number of tiles that ``crops`` is drawn from.
         seed
@@ -153,14 +153,14 @@ class Teacher(nn.Module):
             Precision of the teacher, and the collectives.
         """
         grid_tokens = (self.image_px // self.encoder.patch_px) ** 2
-        wanted = self.config.patch_prototypes or tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE
-        largest = min(_SAMPLE_BYTES / (4 * self.encoder.embed_dim), _SAMPLE_TOKENS_PER_PROTOTYPE * wanted)
-        per_tile = min(grid_tokens, max(1, math.ceil(largest / tiles)))
-        cls_moments, patch_moments = Moments(self.encoder.embed_dim), Moments(self.encoder.embed_dim)
-        cls_sample, patch_sample = _Sample(self.encoder.embed_dim), _Sample(self.encoder.embed_dim)
+        per_tile = _sampled_tokens(self.config, tiles, grid_tokens, self.encoder.embed_dim)
+        width, device = self.encoder.embed_dim, self.cls_standardiser.mean_D.device
+        cls_moments, patch_moments = Moments(width), Moments(width)
+        cls_sample, patch_sample = _Sample(width, device), _Sample(width, device)
         for positions_B, images_BCHW in crops:
             with step.autocast:
                 cls_BD, patches_BHWD = self.tokens(images_BCHW)
+            cls_BD, patches_BHWD = cls_BD[: len(positions_B)], patches_BHWD[: len(positions_B)]  # none of a filler
             patches_BND = patches_BHWD.flatten(1, 2)
             if not (torch.isfinite(cls_BD).all() and torch.isfinite(patches_BND).all()):
                 raise ModelError(
@@ -181,13 +181,10 @@ class Teacher(nn.Module):
         if self.config.teacher_head != "prototypes":
             return
         if self.config.dino:
-            total = cls_sample.total(step.reduce)
-            count = self.config.cls_prototypes or prototype_count(total / _CLS_TILES_PER_PROTOTYPE, most=total)
+            count = cls_prototype_count(self.config, cls_sample.total(step.reduce))
             self.cls_prototypes_KE = cls_sample.prototypes(self.cls_standardiser, count, step)
         if self.config.ibot:
-            total = patch_sample.total(step.reduce)
-            wanted = min(wanted, total / _LEAST_TOKENS_PER_PROTOTYPE)
-            count = self.config.patch_prototypes or prototype_count(wanted, most=total)
+            count = patch_prototype_count(self.config, tiles, grid_tokens, patch_sample.total(step.reduce))
             self.patch_prototypes_KE = patch_sample.prototypes(self.patch_standardiser, count, step)
 
     def statistics(self) -> dict[str, torch.Tensor]:
@@ -232,11 +229,46 @@ class Teacher(nn.Module):
             ) from None
 
 
+def cls_prototype_count(config: ObjectiveConfig, tokens: int) -> int:
+    """Prototypes of class tokens: as set, or by the number of tokens that they are fitted to."""
+    return config.cls_prototypes or prototype_count(tokens / _CLS_TILES_PER_PROTOTYPE, most=tokens)
+
+
+def patch_prototype_count(config: ObjectiveConfig, tiles: int, grid_tokens: int, tokens: int) -> int:
+    """Prototypes of patch tokens: as set, or by all tokens of the tiles and by those of them that are sampled.
+
+    Parameters
+    ----------
+    config
+        Of the objective.
+    tiles, grid_tokens
+        Tiles of the fit, and patch tokens of each.
+    tokens
+        Tokens in the sample.
+    """
+    wanted = min(tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE, tokens / _LEAST_TOKENS_PER_PROTOTYPE)
+    return config.patch_prototypes or prototype_count(wanted, most=tokens)
+
+
+def planned_prototypes(config: ObjectiveConfig, tiles: int, grid_tokens: int, width: int) -> tuple[int, int]:
+    """Class and patch prototypes of a fit on so many tiles, all of them readable; 0 without the term."""
+    tokens = tiles * _sampled_tokens(config, tiles, grid_tokens, width)
+    cls = cls_prototype_count(config, tiles) if config.dino else 0
+    return cls, patch_prototype_count(config, tiles, grid_tokens, tokens) if config.ibot else 0
+
+
+def _sampled_tokens(config: ObjectiveConfig, tiles: int, grid_tokens: int, width: int) -> int:
+    """Patch tokens of each tile that k-means sees."""
+    wanted = config.patch_prototypes or tiles * grid_tokens / _PATCH_TOKENS_PER_PROTOTYPE
+    largest = min(_SAMPLE_BYTES / (4 * width), _SAMPLE_TOKENS_PER_PROTOTYPE * wanted)
+    return min(grid_tokens, max(1, math.ceil(largest / tiles)))
+
+
 class _Sample:
     """Tokens for k-means, with a random number of each."""
 
-    def __init__(self, channels: int) -> None:
-        self._tokens, self._lots = [torch.zeros(0, channels)], [np.zeros(0)]
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self._tokens, self._lots = [torch.zeros(0, channels, device=device)], [np.zeros(0)]
 
     def add(self, tokens_MD: torch.Tensor, lots_M: NDArray[np.float64]) -> None:
         self._tokens.append(tokens_MD.float())

@@ -55,13 +55,16 @@ def find_features(folder: Path) -> FeatureSource:
         There are no files, one is damaged, or they are of two encoders, poolings or sizes of tiles.
     """
     place = folder / "features" if (folder / "features").is_dir() else folder
-    files = {path.name.removesuffix(_END): path for path in sorted(place.glob(f"*{_END}"))}
+    found = [path for path in sorted(place.glob(f"*{_END}")) if not path.name.startswith(".")]
+    files = {path.name.removesuffix(_END): path for path in found}
     if not files:
         raise DataError("there are no feature files here", where=place, remedy="histill extract SLIDES --out FEATURES")
     told: dict[str, dict[str, Any]] = {slide: _facts(path) for slide, path in files.items()}
     first, facts = next(iter(told.items()))
     for slide, other in told.items():
-        if differing := [name for name in sorted({*facts, *other}) if facts.get(name) != other.get(name)]:
+        same_weights = facts.get("model_hash") is not None and facts["model_hash"] == other.get("model_hash")
+        names = {*facts, *other} - ({"model"} if same_weights else set())  # a path may be written in several ways
+        if differing := [name for name in sorted(names) if facts.get(name) != other.get(name)]:
             raise DataError(
                 "this folder holds features of two kinds",
                 where=f"{place}, {differing[0]}",

@@ -105,7 +105,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         "batch": config.batch,
         "rounds": config.rounds,
         "threads": threads,
-        "device": config.device,
+        "device": str(pick_device(config.device)),
         "processor": processor_name(pick_device(config.device)),
         "versions": {"histill": __version__, "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),
@@ -123,7 +123,15 @@ def _pairs(config: BenchConfig) -> list[tuple[str, str]]:
         else:
             possible = ("auto", *(name for name in ENGINES if name != "openvino-int8"))
             chosen = asked or ("torch-fp32",)
-        found += [(model, name) for name in chosen if name in possible]
+        runs = [(model, name) for name in chosen if name in possible]
+        if not runs:
+            raise ConfigError(
+                "none of the engines that are asked for can run this model",
+                where=f"--engine {' '.join(asked)}",
+                got=model,
+                allowed=", ".join(possible),
+            )
+        found += runs
     unused = [name for name in asked if not any(name == used for _, used in found)]
     if unused:
         raise ConfigError(
@@ -142,9 +150,11 @@ def _open(model: str, name: str, config: BenchConfig) -> _Opened:
     if is_export(model):
         exported = read_export(Path(model).expanduser())
         parameters, macs = exported.parameters, exported.macs
-        engine = open_engine(model, engine=name, input_px=config.input_px or None, batch=config.batch)
+        engine = open_engine(
+            model, engine=name, input_px=config.input_px or None, batch=config.batch, device=str(device)
+        )
     else:
-        encoder = load_encoder(model, input_px=config.input_px or None, device=config.device)
+        encoder = load_encoder(model, input_px=config.input_px or None, device=device)
         parameters = sum(each.numel() for each in encoder.model.parameters())
         macs = count_macs(encoder, encoder.input_px)
         engine = engine_of(encoder, name, batch=config.batch)

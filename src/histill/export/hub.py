@@ -17,11 +17,14 @@ from histill.export.config import ExportConfig
 from histill.export.run import refuse_to_replace
 from histill.models.bundle import read_bundle
 from histill.models.card import licence_notices, model_card, teachers_of, with_benchmarks
-from histill.models.sources import read_config
+from histill.models.sources import read_config, read_record
 
 __all__ = ["export_to_hub", "hub_card", "public_record"]
 
-_MARK = "histill.json"
+_RECORD = "histill.json"
+_MARK = "hub_folder"
+_PATHS = ("tiles", "table", "tables", "out", "labelled", "head_checkpoint", "init")
+"""Settings of a training that are, or hold, paths of its machine."""
 
 _NO_BENCHMARKS = """## Benchmarks
 
@@ -46,7 +49,7 @@ def export_to_hub(config: ExportConfig, console: Console) -> str:
         A place that is taken; no token, or a hub that cannot be reached.
     """
     assert config.out is not None
-    refuse_to_replace(config.out, _MARK)
+    refuse_to_replace(config.out, older=config.out.is_dir() and _made_by_us(config.out))
     if config.out.resolve() == config.bundle.resolve():
         raise ConfigError("the hub folder would replace the bundle", where="--out", remedy="give another folder")
     bundle = read_bundle(config.bundle)
@@ -70,7 +73,7 @@ def export_to_hub(config: ExportConfig, console: Console) -> str:
     with files.atomic_folder(config.out) as folder:
         shutil.copyfile(config.bundle / "model.safetensors", folder / "model.safetensors")
         files.write_json(folder / "config.json", described)
-        files.write_json(folder / _MARK, record)
+        files.write_json(folder / _RECORD, record | {_MARK: True})
         files.write_text(folder / "README.md", hub_card(name, described, record))
     notice = licence_notices(record)
     if notice:
@@ -78,6 +81,14 @@ def export_to_hub(config: ExportConfig, console: Console) -> str:
     if config.push is None:
         return f"hub folder: {config.out}"
     return f"hub folder: {config.out}\nuploaded: {_push(config.out, config.push)}"
+
+
+def _made_by_us(folder: Path) -> bool:
+    """Whether a folder is an older result: every bundle has a record, but only this command marks its own."""
+    try:
+        return read_record(folder).get(_MARK) is True
+    except ModelError:
+        return False
 
 
 def public_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +107,11 @@ def public_record(record: dict[str, Any]) -> dict[str, Any]:
 def _public(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: f"{len(each)} slides" if key == "hold_out_slides" and isinstance(each, list) else _public(each)
+            key: f"{len(each)} slides"
+            if key == "hold_out_slides" and isinstance(each, list)
+            else _without_folders(each)
+            if key in _PATHS
+            else _public(each)
             for key, each in value.items()
         }
     if isinstance(value, list):
@@ -108,6 +123,16 @@ def _public(value: Any) -> Any:
         if value.startswith(("/", "~", "./", "../")):
             return Path(value).name
     return value
+
+
+def _without_folders(value: Any) -> Any:
+    """Cut paths to their last part, whatever they begin with; what stands after a comma is options."""
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    if isinstance(value, str) and value:
+        path, comma, options = _public(value).partition(",")
+        return Path(path).name + comma + options if ":" not in path else path
+    return _public(value)
 
 
 def hub_card(name: str, config: dict[str, Any], record: dict[str, Any]) -> str:
@@ -131,10 +156,12 @@ def hub_card(name: str, config: dict[str, Any], record: dict[str, Any]) -> str:
 def _use(record: dict[str, Any]) -> str:
     both = record["embedding"] == "cls+mean"
     what = "class token and mean patch token" if both else "class token"
+    mpp = _listed(record.get("mpp"))
+    scale = "" if mpp is None else f" at {mpp} microns per pixel"
     return f"""## Intended use
 
-Embeddings ({what}) of H&E tiles, for research: probes and classifiers on tiles, multiple-instance models on slides,
-retrieval, maps of patch tokens. Validate it on your own data, stain and scanner before you rely on a number.
+Embeddings ({what}) of H&E tiles{scale}, for research: probes and classifiers on tiles, multiple-instance models on
+slides, retrieval, maps of patch tokens. Validate it on your own data, stain and scanner before you rely on a number.
 
 ## Limits
 
@@ -153,7 +180,7 @@ def _training(record: dict[str, Any]) -> str:
     config = record.get("config")
     config = config if isinstance(config, dict) else {}
     rows = [("tile set", config.get("tiles")), ("tiles", data.get("tiles")), ("fingerprint", data.get("fingerprint"))]
-    rows += [("mpp", data.get("mpp")), ("steps", record.get("steps"))]
+    rows += [("microns per pixel", _listed(record.get("mpp"))), ("steps", record.get("steps"))]
     students = config.get("student")
     rows.append(("students of the run" if isinstance(students, list) else "student", _listed(students)))
     listed = "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)

@@ -26,6 +26,7 @@ from histill.models.engines.capture import need, to_openvino, write_onnx
 from histill.models.engines.folder import ENGINES_OF, RECORD, Exported, Kind, is_export
 from histill.models.engines.open import normaliser, pixels_last
 from histill.models.engines.with_openvino import has_bf16
+from histill.models.known import check_colours, known_of
 from histill.tiles.open import open_tiles
 
 __all__ = ["export", "refuse_to_replace"]
@@ -65,7 +66,7 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     assert config.out is not None
     assert config.tiles is not None
     kind: Kind = config.to
-    refuse_to_replace(config.out, RECORD)
+    refuse_to_replace(config.out, older=(config.out / RECORD).is_file())
     for library in _LIBRARIES[kind]:
         need(library, "onnx" if kind == "onnx" else "openvino")
     bundle = _bundle(config)
@@ -91,15 +92,15 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     return record
 
 
-def refuse_to_replace(out: Path, mark: str) -> None:
-    """Refuse a folder that holds anything but an older result, known by its file ``mark``.
+def refuse_to_replace(out: Path, *, older: bool) -> None:
+    """Refuse a place that is taken by anything but an older result of the same command.
 
     Raises
     ------
     ConfigError
-        ``out`` is a file, or a folder with content but without ``mark``.
+        ``out`` is a file, or a folder with content, and not ``older``.
     """
-    if out.exists() and not (out / mark).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not older and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "this place holds something else, and is not overwritten",
             where=out,
@@ -111,6 +112,7 @@ def _bundle(config: ExportConfig) -> Bundle:
     if is_export(str(config.bundle)):
         raise ModelError("this is an export already", where=config.bundle, remedy="give the bundle that it came from")
     bundle = read_bundle(config.bundle)
+    check_colours(config.bundle, bundle.encoder.mean, bundle.encoder.std, known_of(str(config.bundle)))
     if config.input_px:
         if config.input_px % bundle.encoder.patch_px:
             allowed = f"multiples of {bundle.encoder.patch_px}"
@@ -156,6 +158,7 @@ def _describe(bundle: Bundle, kind: Kind, folder: Path, *, pixels: bool) -> Expo
         licence=encoder.licence,
         parameters=sum(each.numel() for each in encoder.model.parameters()),
         macs=count_macs(encoder, encoder.input_px),
+        mpp=known_of(str(bundle.folder)).mpp,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from histill.extract.config import FORMAT
-from histill.tiles.slide_folder import SlideFolder
+from histill.tiles.slide_folder import SlideFolder, SlideRecord
 
 __all__ = ["FeatureFolder"]
 
@@ -39,6 +39,23 @@ class FeatureFolder(SlideFolder):
     def tissue(self, slide: str) -> Path:
         """Outline of the tissue."""
         return self.root / "tissue" / f"{slide}.geojson"
+
+    def holds(self, record: SlideRecord) -> bool:
+        """Whether a finished slide has its feature file, as long as it was, and what else was asked for."""
+        written = [self.features(record.slide)]
+        form = self.settings().get("files")
+        if form == "pt":
+            written.append(self.pt(record.slide))
+        if form == "zarr" and not self.zarr(record.slide).is_dir():
+            return False
+        return all(path.is_file() for path in written) and (
+            sum(path.stat().st_size for path in written) == record.set_bytes
+        )
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """All folders of slides."""
+        return tuple(self.root / name for name in ("parts", "features", "pt_files", "zarr", "tissue"))
 
     def forget(self, slide: str) -> None:
         """Remove all that an earlier run finished of a slide that is done anew; the record goes first."""

@@ -5,10 +5,7 @@ Shapes: B tiles, D features, H and W rows and columns (of pixels in ``tiles_BHW3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,51 +13,14 @@ from numpy.typing import NDArray
 
 from histill.errors import ConfigError, ModelError
 from histill.extract.config import ExtractConfig
-from histill.models.card import teachers_of
-from histill.models.encoder import Embedding
+from histill.models.encoder import Embedding, embedding_of
 from histill.models.engines import Engine, open_engine
-from histill.models.sources import read_record, resolve
-from histill.models.teachers import TEACHERS
+from histill.models.known import Known, check_colours
 from histill.slides.slide import SlideError
 
-__all__ = ["FeatureModel", "Known", "check_tile_mpp", "devices_of", "known_of", "open_model", "settle_mpp"]
+__all__ = ["FeatureModel", "check_tile_mpp", "devices_of", "open_model", "settle_mpp"]
 
 _SAME_MPP = 0.05
-_SAME_COLOUR = 1e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """What the table of teachers or a bundle's provenance says of a model; None where they say nothing."""
-
-    mpp: tuple[float, ...] | None = None
-    """Microns per pixel of the tiles that it was made for."""
-    mean: tuple[float, ...] | None = None
-    """Of the RGB channels, images in 0..1."""
-    std: tuple[float, ...] | None = None
-
-
-def known_of(model: str) -> Known:
-    """Look a model up: its row of the table, or its ``histill.json`` and there the rows of its teachers.
-
-    Teachers of several scales leave their student several; colours are normalised as for the first one.
-    """
-    source = resolve(model)
-    record: dict[str, Any] = read_record(Path(source.target)) if source.prefix == "local-dir" else {}
-    names = [str(teacher.get("name")) for teacher in teachers_of(record)]
-    specs = [source.spec] if source.spec else [TEACHERS[name] for name in names if name in TEACHERS]
-    spec = specs[0] if specs else None
-    scales = {each for found in specs for each in _as_tuple(found.mpp)}
-    mpp = _as_tuple(record.get("mpp")) or tuple(sorted(scales))
-    return Known(
-        mpp=mpp or None,
-        mean=tuple(record["mean"]) if "mean" in record else spec.mean if spec else None,
-        std=tuple(record["std"]) if "std" in record else spec.std if spec else None,
-    )
-
-
-def _as_tuple(mpp: float | Sequence[float] | None) -> tuple[float, ...]:
-    return tuple(map(float, mpp)) if isinstance(mpp, Sequence) else () if mpp is None else (float(mpp),)
 
 
 def settle_mpp(config: ExtractConfig, known: Known) -> tuple[float, ...]:
@@ -83,14 +43,15 @@ def settle_mpp(config: ExtractConfig, known: Known) -> tuple[float, ...]:
                 remedy="leave --mpp out, or take the other scale knowingly: --any-mpp",
             )
         return (config.mpp,)
-    if config.coords is not None:
+    if config.coords is not None and (config.any_mpp or known.mpp):
         return () if config.any_mpp else known.mpp or ()
     if known.mpp is None or len(known.mpp) != 1:
         raise ConfigError(
             "it is not clear which scale the tiles shall have",
             where="--mpp",
             got=f"the model was made for {_listed(known.mpp)}" if known.mpp else "it does not say its own",
-            remedy="state it: --mpp 0.5 is what 20x is",
+            remedy="state it: --mpp 0.5 is what 20x is"
+            + (", or take the coordinates' own, whatever it is: --any-mpp" if config.coords is not None else ""),
         )
     return known.mpp
 
@@ -176,9 +137,7 @@ class FeatureModel:
     def start(self, tiles_BHW3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Begin a batch of uint8 tiles: features (B, D) float32, tokens (B, H, W, D) float16, both on the device."""
         tokens = self.engine(tiles_BHW3.permute(0, 3, 1, 2).to(self.engine.device, non_blocking=True))
-        features_BD = tokens.cls_BD
-        if self.embedding == "cls+mean":
-            features_BD = torch.cat([features_BD, tokens.patches_BHWD.mean(dim=(1, 2))], dim=1)
+        features_BD = embedding_of(tokens, self.embedding)
         return features_BD.float(), tokens.patches_BHWD.half() if self.tokens else None
 
     def finish(
@@ -211,7 +170,7 @@ def open_model(config: ExtractConfig, known: Known, engine: str, device: str) ->
     config
         With a model.
     known
-        As of :func:`known_of`.
+        As of :func:`histill.models.known.known_of`.
     engine, device
         As :func:`histill.models.engines.open_engine` takes them.
 
@@ -228,15 +187,7 @@ def open_model(config: ExtractConfig, known: Known, engine: str, device: str) ->
     opened = open_engine(
         config.model, engine=engine, input_px=config.tile_px or None, batch=config.batch, device=device
     )
-    for name, has, needs in (("mean", opened.mean, known.mean), ("std", opened.std, known.std)):
-        if needs is not None and not np.allclose(has, needs, rtol=0, atol=_SAME_COLOUR):
-            raise ModelError(
-                "this model's normalisation is not the one that it was made with",
-                where=config.model,
-                got=f"{name} {_listed(has)}",
-                allowed=f"{name} {_listed(tuple(needs))}",
-                remedy="correct config.json in its folder, or make the bundle anew",
-            )
+    check_colours(config.model, opened.mean, opened.std, known)
     if opened.input_px % opened.patch_px:
         raise ConfigError(
             "this tile does not divide into patches",

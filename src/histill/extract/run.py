@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from histill.errors import ConfigError, HistillError
+from histill.errors import ConfigError, HistillError, RunError
 from histill.extract.config import FORMAT, ExtractConfig
 from histill.extract.feature_file import require_zarr
 from histill.extract.folder import FeatureFolder
-from histill.extract.model import FeatureModel, devices_of, known_of, open_model, settle_mpp
+from histill.extract.model import FeatureModel, devices_of, open_model, settle_mpp
 from histill.extract.slides import Extraction
+from histill.models.known import known_of
+from histill.models.sources import short_name
 from histill.tiles.cluster import join_cluster, slides_on_ray
 from histill.tiles.config import TileConfig
 from histill.tiles.cutting import SlideJob
@@ -56,7 +59,15 @@ def extract_slides(config: ExtractConfig, console: Console) -> Outcome:
         console.print(f"engine: {model.engine.engine}, the fastest here", highlight=False)
     tiling = config.tiling(mpp=allowed_mpp[0] if allowed_mpp else 0.5, tile_px=model.engine.input_px)
     jobs = _jobs(config, tiling, console)
-    finished = claim(folder, _settings(config, tiling, model), jobs)
+    try:
+        finished = claim(folder, _settings(config, tiling, model), jobs)
+    except RunError:
+        begun = _engine(config, folder) if engine == "auto" else model.engine.engine
+        if begun in ("auto", model.engine.engine):
+            raise
+        console.print(f"engine: {begun}, with which another process has begun this folder meanwhile", highlight=False)
+        model = open_model(config, known, begun, devices[0])
+        finished = claim(folder, _settings(config, tiling, model), jobs)
     outcome = Outcome(there=sum(job.id in finished for job in jobs))
     todo = [job for job in jobs if job.id not in finished]
     share = config.workers or (1 if config.ray is not None else max(1, cores() // len(devices)))
@@ -102,12 +113,23 @@ def _jobs(config: ExtractConfig, tiling: TileConfig, console: Console) -> list[S
         return [dataclasses.replace(jobs[0], coords=given)]
     if not given.is_dir():
         raise ConfigError("these coordinates do not exist", where="--coords", got=given)
-    return [dataclasses.replace(job, coords=_coords_of(given, job)) for job in jobs]
+    everyone = jobs if tiling.shard_of()[1] == 1 else jobs_of(dataclasses.replace(tiling, shard="0/1"), console)
+    stems = Counter(job.path.stem for job in everyone)
+    found = [dataclasses.replace(job, coords=_coords_of(given, job, stems)) for job in jobs]
+    for path, times in Counter(job.coords for job in found).items():
+        if times > 1:
+            got = ", ".join(job.id for job in found if job.coords == path)
+            raise ConfigError("several slides would take one file of coordinates", where=path, got=got)
+    return found
 
 
-def _coords_of(folder: Path, job: SlideJob) -> Path:
-    """A slide's file of coordinates; where there is none, the name that it should have: the slide then fails."""
-    names = [f"{name}{end}.h5" for name in (job.id, job.path.stem) for end in ("_patches", "")]
+def _coords_of(folder: Path, job: SlideJob, stems: Mapping[str, int]) -> Path:
+    """A slide's file of coordinates; where there is none, the name that it should have: the slide then fails.
+
+    Named by the slide's id, or by its file alone where no other slide has a file of that name.
+    """
+    calls = (job.id, job.path.stem) if stems[job.path.stem] == 1 else (job.id,)
+    names = [f"{name}{end}.h5" for name in calls for end in ("_patches", "")]
     there = list(dict.fromkeys(folder / name for name in names if (folder / name).is_file()))
     if len(there) > 1:
         got = " and ".join(path.name for path in there)
@@ -121,7 +143,7 @@ def _settings(config: ExtractConfig, tiling: TileConfig, model: FeatureModel) ->
     names = _OF_TILING if config.coords is not None else _OF_TILING + _OF_GRID
     return {
         "format": FORMAT,
-        "model": Path(engine.name).name,
+        "model": short_name(engine.name),
         "model_hash": engine.content_hash(),
         "mean": list(engine.mean),
         "std": list(engine.std),
@@ -216,8 +238,6 @@ def _on_ray(ray: Any, part: _Part, todo: Sequence[SlideJob], outcome: Outcome, c
 def _finish(folder: FeatureFolder) -> None:
     """Write the tables of all slides that are finished, by whichever process."""
     with folder.index_lock():
-        for stray in folder.root.glob(".tmp-*"):  # a killed process's: only the holder of this lock writes here
-            if stray.is_file():
-                stray.unlink(missing_ok=True)
+        folder.sweep()
         folder.write_tables(folder.records())
     folder.tidy()

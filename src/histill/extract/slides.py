@@ -24,6 +24,7 @@ from histill.extract.folder import FeatureFolder
 from histill.extract.model import FeatureModel, check_tile_mpp
 from histill.extract.partial import BatchResult, Partial
 from histill.extract.reading import FATES, Ahead, Reading
+from histill.models.sources import short_name
 from histill.slides.outlines import geojson
 from histill.slides.slide import SlideError
 from histill.tiles.cutting import SlideJob, SlidePlan
@@ -240,7 +241,6 @@ class Extraction:
         order_K = np.argsort(plan.order_N[rows_K], kind="stable")
         unreadable_M = np.flatnonzero(partial.fates() == FATES.index("unreadable"))
         where = {"name": job.id, "savetodir": path_text(self._folder.features(job.id).parent)}
-        stride = job.config.stride if job.coords is None else job.config.tile_px
         return SlideFeatures(
             features_KD=partial.features(),
             tokens_KHWD=partial.tokens(),
@@ -253,14 +253,14 @@ class Extraction:
                 "patch_size_level0": round(plan.extent_px),
                 "level0_magnification": round(_MICRONS_AT_1X / plan.mpp),
                 "target_magnification": round(_MICRONS_AT_1X / plan.tile_mpp),
-                "overlap": job.config.tile_px - stride,
+                "overlap": round(job.config.tile_px * plan.overlap),
                 "level0_width": plan.width,
                 "level0_height": plan.height,
             },
-            features_attributes=where | {"encoder": engine.name},
+            features_attributes=where | {"encoder": short_name(engine.name)},
             provenance={
                 "histill_version": __version__,
-                "model": engine.name,
+                "model": short_name(engine.name),
                 "model_hash": self._hash,
                 "licence": engine.licence or "unknown",
                 "engine": engine.engine,

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from histill.errors import DataError, ModelError
-from histill.models.sources import build, read_record, resolve
+from histill.models.sources import build, record_of, resolve
 from histill.models.teachers import TeacherSpec
 
-__all__ = ["Embedding", "Encoder", "Tokens", "load_encoder", "tokens_of", "wrap"]
+__all__ = ["Embedding", "Encoder", "Tokens", "embedding_of", "load_encoder", "tokens_of", "wrap"]
 
 Embedding = Literal["cls", "cls+mean"]
 
@@ -67,6 +66,13 @@ def _sizes_near(rows: int, columns: int, patch_px: int) -> str:
     below = [max(side // patch_px, 1) * patch_px for side in (rows, columns)]
     above = [-(-max(side, 1) // patch_px) * patch_px for side in (rows, columns)]
     return f"{below[0]} x {below[1]} or {above[0]} x {above[1]}"
+
+
+def embedding_of(tokens: Tokens, embedding: Embedding) -> torch.Tensor:
+    """The class token (B, D), or for ``cls+mean`` the class token and the mean of the patch tokens (B, 2D)."""
+    if embedding == "cls":
+        return tokens.cls_BD
+    return torch.cat([tokens.cls_BD, tokens.patches_BHWD.mean(dim=(1, 2))], dim=1)
 
 
 class Encoder(nn.Module):
@@ -199,10 +205,7 @@ class Encoder(nn.Module):
 
     def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Encode images into one vector each by the embedding rule: (B, D) for ``cls``, (B, 2D) for ``cls+mean``."""
-        tokens: Tokens = self(images_BCHW)
-        if self.embedding == "cls":
-            return tokens.cls_BD
-        return torch.cat([tokens.cls_BD, tokens.patches_BHWD.mean(dim=(1, 2))], dim=1)
+        return embedding_of(self(images_BCHW), self.embedding)
 
     def content_hash(self) -> str:
         """Hex SHA-256 of all that decides the tokens: mean, std, and each weight's name, type, shape and bytes."""
@@ -248,7 +251,7 @@ def load_encoder(
     source = resolve(name)
     spec = source.spec
     model = build(source, trust_remote_code=trust_remote_code).requires_grad_(False).eval().float()
-    record = read_record(Path(source.target)) if source.prefix == "local-dir" else {}
+    record = record_of(source)
     cfg: Any = getattr(model, "pretrained_cfg", {})
     return Encoder(
         model,

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 import timm
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -21,7 +28,7 @@ from histill import files
 from histill.errors import MissingExtraError, ModelError, nearest
 from histill.models.teachers import TEACHERS, TeacherSpec
 
-__all__ = ["Source", "build", "build_empty", "read_config", "read_record", "resolve"]
+__all__ = ["Source", "build", "build_empty", "read_config", "read_record", "record_of", "resolve", "short_name"]
 
 Prefix = Literal["timm", "hf-hub", "local-dir"]
 PREFIXES: tuple[Prefix, ...] = ("timm", "hf-hub", "local-dir")
@@ -133,6 +140,12 @@ def _resolve_prefixed(prefix: Prefix, target: str) -> Source:
     return Source(prefix=prefix, target=target, spec=spec)
 
 
+def short_name(name: str) -> str:
+    """Call a model the same however its path is written: the last part of a folder's path, other names as they are."""
+    prefix, _, target = name.partition(":")
+    return name if prefix in ("timm", "hf-hub") else Path(target or prefix).expanduser().name or name
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the timm description ``config.json`` of a model folder.
 
@@ -145,7 +158,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError("this model folder does not exist", where=folder)
     if not path.is_file():
-        raise ModelError("this folder holds no model: it has no config.json", where=folder)
+        exported = (folder / "export.json").is_file()
+        raise ModelError(
+            "this folder holds no model: it has no config.json",
+            where=folder,
+            remedy="it is an export: open it with histill.open_engine, or give the bundle" if exported else None,
+        )
     config = _read_object(path)
     if not isinstance(config.get("architecture"), str):
         inner = folder / "student"
@@ -175,7 +193,39 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(
             "this file is damaged: unknown embedding", where=path, got=record["embedding"], allowed="cls, cls+mean"
         )
+    for name, holds in (("mean", _three_numbers), ("std", _three_numbers), ("mpp", _scales)):
+        if record.get(name) is not None and not holds(record[name]):
+            raise ModelError(f"this file is damaged: {name} is not what it should be", where=path, got=record[name])
     return record
+
+
+def record_of(source: Source) -> dict[str, Any]:
+    """What ``histill.json`` says of a model, in its folder or its hub repository; {} where there is none.
+
+    Raises
+    ------
+    ModelError
+        The file is damaged.
+    """
+    if source.prefix == "local-dir":
+        return read_record(Path(source.target))
+    if source.prefix != "hf-hub" or source.spec is not None:
+        return {}
+    try:
+        return read_record(Path(hf_hub_download(source.target, "histill.json")).parent)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return {}
+    except (GatedRepoError, RepositoryNotFoundError, HfHubHTTPError) as error:
+        raise ModelError(
+            "the hub refused this model", where=f"hf-hub:{source.target}", got=_first_line(error)
+        ) from None
+
+
+def _scales(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) and number > 0 for number in values
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

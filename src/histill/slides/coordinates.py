@@ -33,8 +33,8 @@ class Coordinates:
     """x and y in level-0 pixels, in the file's order."""
     extent_px: float
     """Side of a tile in level-0 pixels."""
-    patch_px: int
-    """Side of a tile in the pixels that the other tool would have read."""
+    overlap: float
+    """Share of a tile's side that it has in common with its neighbour, as far as the file tells; else 0."""
 
 
 def read_coordinates(path: Path, slide: Slide) -> Coordinates:
@@ -83,9 +83,10 @@ def read_coordinates(path: Path, slide: Slide) -> Coordinates:
             allowed=f"0 to {full.width}, 0 to {full.height}",
             remedy="check that the file belongs to this slide, and that its coordinates are level-0 pixels",
         )
-    return Coordinates(
-        origins_N2=origins_N2, extent_px=extent_px, patch_px=round(_number(attributes, "patch_size", path))
-    )
+    overlap = 0.0
+    if attributes.get("overlap") is not None and "patch_size" in attributes:
+        overlap = _number(attributes, "overlap", path) / max(_number(attributes, "patch_size", path), 1.0)
+    return Coordinates(origins_N2=origins_N2, extent_px=extent_px, overlap=overlap)
 
 
 def _plain(value: Any) -> Any:

@@ -89,6 +89,8 @@ class SlidePlan:
     """Their shares of tissue."""
     cell_N: NDArray[np.int64]
     """Number of the cell that each lies in, ascending."""
+    overlap: float
+    """Share of a tile's side that it has in common with its neighbour: of the grid, or as coordinates tell."""
     order_N: NDArray[np.int64]
     """Place of each in the grid's order (row by row), or in that of the coordinates that were given."""
     thumbnail_HW3: NDArray[np.uint8]
@@ -199,6 +201,7 @@ def plan_slide(job: SlideJob) -> SlidePlan:
         origins_N2=chosen_N2[order_N],
         tissue_N=tissue_N[order_N],
         cell_N=cell_N[order_N],
+        overlap=1 - config.stride / config.tile_px if given is None else given.overlap,
         order_N=order_N,
         thumbnail_HW3=_picture(slide, small.image_HW3),
         outline=mask_polygons(mask_HW) if job.outline else [],

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from histill.tiles.slide_folder import SlideRecord
@@ -64,11 +65,14 @@ class TilingProgress:
             self._bar.update(self._task, completed=self._finished)
             if record.status == "failed":
                 first_line = (record.error or "").splitlines()[0]
-                self._console.print(f"[bold red]failed[/] {record.slide}: {first_line}", highlight=False)
+                self._console.print(
+                    f"[bold red]failed[/] {escape(record.slide)}: {escape(first_line)}", highlight=False
+                )
             elif not self._console.is_terminal or record.unreadable:
                 left_out = record.white + record.black + record.blur + record.pen
                 self._console.print(
                     f"{self._finished}/{self._slides} {record.slide}: {record.tiles} tiles of {record.grid_tiles}, "
                     f"{left_out} left out by filters, {record.unreadable} unreadable, {record.seconds:.1f} s",
                     highlight=False,
+                    markup=False,
                 )

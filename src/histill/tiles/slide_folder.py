@@ -166,7 +166,36 @@ class SlideFolder:
     def is_done(self, slide: str) -> bool:
         """Whether a slide is finished."""
         path = self.record(slide)
-        return path.exists() and SlideRecord.read(path).status == "done"
+        if not path.exists():
+            return False
+        record = SlideRecord.read(path)
+        return record.status == "done" and self.holds(record)
+
+    def holds(self, record: SlideRecord) -> bool:
+        """Whether the files of a finished slide are still there."""
+        return True
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written; only for the holder of :meth:`index_lock`.
+
+        Files of the whole folder are written under that lock. Those of a slide are written by whoever holds the slide,
+        so they are looked for first and removed only when then nobody holds any.
+        """
+        strays = [path for place in self.places for pattern in (".tmp-*", ".old-*") for path in place.glob(pattern)]
+        for stray in self.root.glob(".tmp-*"):
+            if stray.is_file():
+                stray.unlink(missing_ok=True)
+        for path in (self._work / "locks").glob("*.lock"):
+            with files.lock(path, wait=False) as ours:
+                if not ours:
+                    return
+        for stray in strays:
+            shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Folders into which the files of slides are written directly, not moved from a work folder."""
+        return (self.root / "parts",)
 
     def place(self, path: Path, target: Path) -> None:
         """Move a finished file from a work folder to where it belongs; it and its name are on the disk after that."""

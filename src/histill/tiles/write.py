@@ -104,7 +104,8 @@ def claim(folder: SlideFolder, settings: dict[str, Any], jobs: Sequence[SlideJob
         with folder.writing():
             folder.root.mkdir(parents=True, exist_ok=True)
             folder.claim(settings)
-        finished = {record.slide: record for record in folder.records() if record.status == "done"}
+        done = [record for record in folder.records() if record.status == "done"]
+        finished = {record.slide: record for record in done if folder.holds(record)}
         for job in jobs:
             if job.id in finished:
                 refuse_changes(job, finished[job.id])
@@ -145,9 +146,7 @@ def _tile(
 def finish(folder: SetFolder) -> None:
     """Write the index and the tables of all slides that are finished, by whichever process."""
     with folder.index_lock():
-        for stray in folder.root.glob(".tmp-*"):  # a killed process's: only the holder of this lock writes here
-            if stray.is_file():
-                stray.unlink(missing_ok=True)
+        folder.sweep()
         records = folder.records()
         parts = [folder.rows(record.slide) for record in records if record.status == "done"]
         merge_indexes(parts, folder.index, folder.settings())

@@ -12,6 +12,7 @@ and the H x K logits that fit a budget are all that is ever held; the matrix pro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +83,7 @@ def balance_tokens(
     assert min(teacher_temperature, iterations + 1) > 0, "temperatures > 0, iterations >= 0"
     dtype = torch.float64 if teacher_ME.dtype == torch.float64 else torch.float32
     rows = chunk_rows or _rows(prototypes_KE.shape[0], prototypes_KE.device)
-    with torch.autocast(teacher_ME.device.type, enabled=False):
+    with torch.autocast(teacher_ME.device.type, enabled=False), _tensor_cores(teacher_ME.device):
         teacher = _teacher(teacher_ME.to(dtype), prototypes_KE.to(dtype), teacher_temperature, rows, held_bytes)
         return BalancedTokens(teacher, _potential(teacher, iterations, reduce, rows))
 
@@ -100,8 +101,8 @@ def balanced_prototype_loss(
 
     The gradients for the two student tensors are computed with the loss and held until the backward pass, which only
     scales them (as in Hsu et al., *Liger kernel*, 2024, for language models). Products are taken in float32 (float64
-    if the teacher's are) outside autocast; on GPUs ``torch.set_float32_matmul_precision("high")`` makes them several
-    times faster.
+    if the teacher's are) outside autocast; on GPUs as TF32, whose rounding (10 bits) is that of the float16 in which
+    DINOv2 takes them.
 
     Parameters
     ----------
@@ -122,7 +123,8 @@ def balanced_prototype_loss(
     assert student_temperature > 0, "temperatures > 0"
     dtype = teacher.features_ME.dtype
     rows = chunk_rows or _rows(teacher.prototypes_KE.shape[0], teacher.prototypes_KE.device)
-    with torch.autocast(teacher.features_ME.device.type, enabled=False):
+    device = teacher.features_ME.device
+    with torch.autocast(device.type, enabled=False), _tensor_cores(device):
         loss, entropy = _CrossEntropy.apply(
             student_hidden_MB.to(dtype),
             student_weight_KB.to(dtype),
@@ -194,6 +196,20 @@ def chunked_prototype_loss(
         student_temperature=student_temperature,
         chunk_rows=chunk_rows,
     )
+
+
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Products of float32 as TF32 on GPUs, and only these: views and statistics need all their digits."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, slots=True)

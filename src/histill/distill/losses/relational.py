@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from histill.errors import ConfigError
 
@@ -18,6 +19,8 @@ __all__ = ["RelationalLoss", "relational_loss", "token_similarity_loss"]
 
 # Images nearer than this share of the mean distance count as equal: they span no angle.
 _EQUAL = 1e-5
+# Triplets that are held at once; each takes some 30 bytes until its backward pass.
+_HELD_TRIPLETS = 2**24
 # Leaves a token out of its own softmax; finite, so that 0 * (difference of two such logits) is 0.
 _OUT = -1e9
 
@@ -37,7 +40,8 @@ def relational_loss(student_BD: Tensor, teacher_BE: Tensor) -> RelationalLoss:
 
     Source: Park et al., *Relational knowledge distillation*, CVPR 2019, section 3.2. Distances are divided by
     their mean over the batch; the angle at each image between every two others comes from the distances by the law
-    of cosines, so that B^3 numbers are held and not B^2 * D.
+    of cosines. Work grows with B^3, memory with B^2: beyond 256 images the triplets are made in parts, and again in
+    the backward pass.
 
     Parameters
     ----------
@@ -68,10 +72,26 @@ def relational_loss(student_BD: Tensor, teacher_BE: Tensor) -> RelationalLoss:
         distance = F.smooth_l1_loss(student_BB, teacher_BB, reduction="sum") / (images * (images - 1))
         if images == 2:
             return RelationalLoss(distance=distance, angle=torch.zeros_like(distance))
-        student_BBB, teacher_BBB = _cosines(student_BB), _cosines(teacher_BB)
         triplets = images * (images - 1) * (images - 2)
-        angle = F.smooth_l1_loss(student_BBB, teacher_BBB, reduction="sum") / triplets
+        angle = _angle_sum(student_BB, teacher_BB) / triplets
     return RelationalLoss(distance=distance, angle=angle)
+
+
+def _angle_sum(student_BB: Tensor, teacher_BB: Tensor) -> Tensor:
+    """Sum of the Huber function over all triplets; those of some vertices at a time, so that memory is bounded."""
+    images = len(student_BB)
+    step = max(1, _HELD_TRIPLETS // images**2)
+    if step >= images:
+        return _angles(student_BB, teacher_BB, 0, images)
+    parts = [
+        checkpoint(_angles, student_BB, teacher_BB, first, first + step, use_reentrant=False)
+        for first in range(0, images, step)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _angles(student_BB: Tensor, teacher_BB: Tensor, first: int, last: int) -> Tensor:
+    return F.smooth_l1_loss(_cosines(student_BB, first, last), _cosines(teacher_BB, first, last), reduction="sum")
 
 
 def _normalised_distances(x_BD: Tensor) -> Tensor:
@@ -82,17 +102,20 @@ def _normalised_distances(x_BD: Tensor) -> Tensor:
     return distance_BB / (distance_BB.sum() / pairs).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _cosines(distance_BB: Tensor) -> Tensor:
+def _cosines(distance_BB: Tensor, first: int, last: int) -> Tensor:
     """Cosine of the angle at image j between i and k, at [j, i, k]; 0 where i or k is the image j or equal to it.
+
+    Of the images j from ``first`` up to but not including ``last``: J of them.
 
     At i = k it is 1 for every batch, and so cancels in the loss.
     """
-    apart_BB = distance_BB.detach() > _EQUAL
-    safe_BB = distance_BB.where(apart_BB, 1.0)
-    square_BB = distance_BB.square()
-    numerator_BBB = square_BB[:, :, None] + square_BB[:, None, :] - square_BB[None]
-    cosine_BBB = numerator_BBB / (2.0 * safe_BB[:, :, None] * safe_BB[:, None, :])
-    return cosine_BBB.where(apart_BB[:, :, None] & apart_BB[:, None, :], 0.0)
+    distance_JB = distance_BB[first:last]
+    apart_JB = distance_JB.detach() > _EQUAL
+    safe_JB = distance_JB.where(apart_JB, 1.0)
+    square_JB = distance_JB.square()
+    numerator_JBB = square_JB[:, :, None] + square_JB[:, None, :] - distance_BB.square()[None]
+    cosine_JBB = numerator_JBB / (2.0 * safe_JB[:, :, None] * safe_JB[:, None, :])
+    return cosine_JBB.where(apart_JB[:, :, None] & apart_JB[:, None, :], 0.0)
 
 
 def token_similarity_loss(student_BND: Tensor, teacher_BNE: Tensor, temperature: float = 0.1) -> Tensor:

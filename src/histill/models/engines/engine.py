@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from histill.errors import DataError
-from histill.models.encoder import Embedding, Tokens
+from histill.models.encoder import Embedding, Tokens, embedding_of
 
 __all__ = ["ENGINES", "Engine", "LoadedEngine", "Prepare", "Run"]
 
@@ -89,6 +89,9 @@ class Engine(Protocol):
     def __call__(self, images_BCHW: torch.Tensor) -> Tokens:
         """Encode uint8 RGB images of ``input_px`` (B, 3, H, W), any B; tokens in float32, on ``device``."""
 
+    def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Encode images into one vector each by the embedding rule: float32 (B, D) for ``cls``, (B, 2D) else."""
+
     def content_hash(self) -> str:
         """Hex SHA-256 of the weights, and of the engine where it changes the numbers (bf16, int8)."""
 
@@ -158,6 +161,10 @@ class LoadedEngine:
         if len(parts) == 1:
             return parts[0]
         return Tokens(torch.cat([part.cls_BD for part in parts]), torch.cat([part.patches_BHWD for part in parts]))
+
+    def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Encode uint8 RGB images by the embedding rule, as :meth:`histill.models.encoder.Encoder.embed` does."""
+        return embedding_of(self(images_BCHW), self.embedding)
 
     def _run_part(self, images_BCHW: torch.Tensor) -> Tokens:
         missing = self.batch - len(images_BCHW)

@@ -61,6 +61,8 @@ class Exported:
     """Of the bundle."""
     macs: int
     """Multiplications with addition of one tile, in matrix products and convolutions."""
+    mpp: tuple[float, ...] | None = None
+    """Microns per pixel of the tiles that it was made for; None if unknown, and in older exports."""
 
 
 def is_export(model: str) -> bool:

@@ -65,10 +65,9 @@ def open_engine(
         The engine's library is not installed.
     """
     engine = full_name(engine)
-    if device != "cpu" and not engine.startswith("torch") and engine != "auto":
-        raise ConfigError("this engine runs on the processor only", got=f"{engine} on {device}", allowed="device cpu")
-    if is_export(model):
-        return _open_export(Path(model).expanduser(), engine, input_px, batch, device)
+    _check_device(engine, device)
+    if is_export(model.removeprefix("local-dir:")):
+        return _open_export(Path(model.removeprefix("local-dir:")).expanduser(), engine, input_px, batch, device)
     if engine == "openvino-int8":
         raise ModelError(
             "int8 needs an export that was calibrated on tiles",
@@ -77,6 +76,11 @@ def open_engine(
         )
     encoder = load_encoder(model, input_px=input_px, device=device)
     return engine_of(encoder, engine, batch=batch)
+
+
+def _check_device(engine: str, device: str) -> None:
+    if device != "cpu" and not engine.startswith("torch") and engine != "auto":
+        raise ConfigError("this engine runs on the processor only", got=f"{engine} on {device}", allowed="device cpu")
 
 
 def full_name(engine: str) -> str:
@@ -97,6 +101,7 @@ def full_name(engine: str) -> str:
 def engine_of(encoder: Encoder, engine: str, *, batch: int = 32) -> Engine:
     """Run a loaded encoder, on its device, with an engine; arguments and errors as of :func:`open_engine`."""
     engine, device = full_name(engine), str(next(encoder.parameters()).device)
+    _check_device(engine, device)
     graphs = _Graphs(encoder)
 
     def build(name: str) -> Engine:
