@@ -12,7 +12,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 import histill
 from histill.errors import ConfigError, DataError, MissingExtraError, ModelError
 from histill.models import STUDENTS, build_student, load_encoder, wrap, write_bundle
-from histill.models.engines import ENGINES, open_engine
+from histill.models.engines import ENGINES, open_engine, with_openvino
 from histill.models.engines.capture import TokenGraph
 from histill.models.engines.choose import in_turns
 from histill.models.engines.open import engine_of
@@ -248,3 +248,11 @@ def test_an_engine_embeds_by_the_models_rule(tmp_path):
         expected = load_encoder(str(tmp_path / "b")).embed(images)
     assert engine.embedding_dim == expected.shape[1]
     torch.testing.assert_close(engine.embed(images), expected)
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "f32")])
+def test_bf16_is_never_asked_of_a_processor_without_it(bf16, expected, monkeypatch):
+    """OpenVINO would emulate it, several times slower than float32, without a word."""
+    monkeypatch.setattr("histill.models.engines.with_openvino.has_bf16", lambda: bf16)
+    assert with_openvino.precision_of("openvino-int8") == expected
+    assert with_openvino.precision_of("openvino-fp32") == "f32"
