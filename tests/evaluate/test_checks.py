@@ -302,3 +302,19 @@ def test_starting_points_on_real_tiles(shared_data, networks):
     assert labelled_check.notes == ()
     scores = labelled_check.score(labelled_check.features(networks[0]))
     assert scores["linear_auc"] == pytest.approx(0.696, abs=0.01)
+
+
+def test_a_table_that_cannot_be_opened_is_an_error_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may mark tiles as test tiles; only what is no CSV at all is passed over."""
+    (tmp_path / "labels.csv").write_text("path,label,slide,split\n")
+    (tmp_path / "notes.csv").write_text('a,"' + "x" * 200_000)
+    assert [path.name for path in find_checks(tmp_path)] == ["labels.csv"]
+
+    def refuse(*arguments: object, **options: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match="cannot be read"):
+        find_checks(tmp_path)

@@ -363,6 +363,16 @@ class DistillConfig:
         """The labelled sets, read."""
         return tuple(LabelledTask.read(text) for text in self.labelled)
 
+    def require_tiles_for(self, world: int) -> None:
+        """Check that each of ``world`` processes has a tile in each step."""
+        if self.batch_tiles < world:
+            raise ConfigError(
+                "each process needs a tile in each step",
+                where="--batch-tiles",
+                got=f"{self.batch_tiles} tiles, {world} processes",
+                remedy="raise --batch-tiles",
+            )
+
     def require_complete(self) -> None:
         """Check that the fields without a usable default are given (presets leave them open)."""
         for name, value, remedy in (

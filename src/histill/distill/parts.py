@@ -225,13 +225,7 @@ def _tiles(config: DistillConfig, folder: Path, ranks: Ranks) -> tuple[TileSourc
     )
     if ranks.first:
         ranks.wait()
-    if config.batch_tiles < ranks.world:
-        raise ConfigError(
-            "each process needs a tile in each step",
-            where="--batch-tiles",
-            got=f"{config.batch_tiles} tiles, {ranks.world} processes",
-            remedy="raise --batch-tiles",
-        )
+    config.require_tiles_for(ranks.world)
     if len(source) < 2:
         raise DataError("a student learns from comparing tiles", where=source.root, got="1 tile", allowed="2 or more")
     return source, tables

@@ -165,13 +165,7 @@ def make_plan(config: DistillConfig, plan: PlanConfig) -> Plan:
 
 
 def _refuse(config: DistillConfig, plan: PlanConfig) -> None:
-    if config.batch_tiles < plan.world:
-        raise ConfigError(
-            "each process needs a tile in each step",
-            where="--batch-tiles",
-            got=f"{config.batch_tiles} tiles, {plan.world} processes",
-            remedy="raise --batch-tiles",
-        )
+    config.require_tiles_for(plan.world)
     if config.precision == "fp32" or config.minutes:
         where = "--precision fp32" if config.precision == "fp32" else "--minutes"
         raise ConfigError("a plan does not know this", where=where, allowed="bf16, and --steps or --plan.tiles")

@@ -138,11 +138,15 @@ class Check:
         return {"top_1": found.top_1, "top_10": found.top_10, "cosine": found.cosine}
 
 
+def _first_row(csv_path: Path) -> list[str]:
+    # the needed names are ASCII; that the rest is UTF-8 is asked when the rows are read
+    with csv_path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return next(csv.reader(file), [])
+
+
 def _header(csv_path: Path) -> list[str]:
     try:
-        # the needed names are ASCII; that the rest is UTF-8 is asked when the rows are read
-        with csv_path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            return next(csv.reader(file), [])
+        return _first_row(csv_path)
     except FileNotFoundError:
         raise DataError("this table does not exist", where=csv_path, remedy="check the path") from None
     except (OSError, csv.Error) as error:
@@ -184,9 +188,11 @@ def find_checks(tiles_folder: Path) -> list[Path]:
 
 def _is_check(csv_path: Path) -> bool:
     try:
-        return _kind(_header(csv_path)) is not None
-    except DataError:  # whatever it is, it is no table of tiles
+        return _kind(_first_row(csv_path)) is not None
+    except csv.Error:  # whatever it is, it is no table of tiles
         return False
+    except OSError as error:  # it may be one, and name tiles that must not be learnt from
+        raise DataError("this table cannot be read", where=csv_path, got=error) from None
 
 
 def _read_tiles(folder: Path, paths: Sequence[str], input_px: int) -> tuple[torch.Tensor, Array, list[Unreadable]]:

@@ -18,8 +18,7 @@ from histill.extract.feature_file import require_zarr
 from histill.extract.folder import FeatureFolder
 from histill.extract.model import FeatureModel, devices_of, open_model, settle_mpp
 from histill.extract.slides import Extraction
-from histill.models.known import known_of
-from histill.models.sources import short_name
+from histill.models.known import known_of, short_name
 from histill.tiles.cluster import join_cluster, slides_on_ray
 from histill.tiles.config import TileConfig
 from histill.tiles.cutting import SlideJob

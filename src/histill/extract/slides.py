@@ -24,7 +24,7 @@ from histill.extract.folder import FeatureFolder
 from histill.extract.model import FeatureModel, check_tile_mpp
 from histill.extract.partial import BatchResult, Partial
 from histill.extract.reading import FATES, Ahead, Reading
-from histill.models.sources import short_name
+from histill.models.known import short_name
 from histill.slides.outlines import geojson
 from histill.slides.slide import SlideError
 from histill.tiles.cutting import SlideJob, SlidePlan

@@ -14,7 +14,7 @@ from histill.models.engines.folder import is_export, read_export
 from histill.models.sources import record_of, resolve
 from histill.models.teachers import TEACHERS
 
-__all__ = ["Known", "check_colours", "known_of"]
+__all__ = ["Known", "check_colours", "known_of", "short_name"]
 
 _SAME_COLOUR = 1e-4
 
@@ -59,6 +59,12 @@ def known_of(model: str) -> Known:
 
 def _as_tuple(mpp: float | Sequence[float] | None) -> tuple[float, ...]:
     return tuple(map(float, mpp)) if isinstance(mpp, Sequence) else () if mpp is None else (float(mpp),)
+
+
+def short_name(name: str) -> str:
+    """Call a model the same however its path is written: the last part of a folder's path, other names as they are."""
+    prefix, _, target = name.partition(":")
+    return name if prefix in ("timm", "hf-hub") else Path(target or prefix).expanduser().name or name
 
 
 def check_colours(where: object, mean: Sequence[float], std: Sequence[float], known: Known) -> None:

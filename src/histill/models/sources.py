@@ -7,6 +7,7 @@ the file. Building is timm's work; ``transformers`` serves the few models that e
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from histill import files
 from histill.errors import MissingExtraError, ModelError, nearest
 from histill.models.teachers import TEACHERS, TeacherSpec
 
-__all__ = ["Source", "build", "build_empty", "read_config", "read_record", "record_of", "resolve", "short_name"]
+__all__ = ["Source", "build", "build_empty", "read_config", "read_record", "record_of", "resolve"]
 
 Prefix = Literal["timm", "hf-hub", "local-dir"]
 PREFIXES: tuple[Prefix, ...] = ("timm", "hf-hub", "local-dir")
@@ -140,12 +141,6 @@ def _resolve_prefixed(prefix: Prefix, target: str) -> Source:
     return Source(prefix=prefix, target=target, spec=spec)
 
 
-def short_name(name: str) -> str:
-    """Call a model the same however its path is written: the last part of a folder's path, other names as they are."""
-    prefix, _, target = name.partition(":")
-    return name if prefix in ("timm", "hf-hub") else Path(target or prefix).expanduser().name or name
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the timm description ``config.json`` of a model folder.
 
@@ -213,12 +208,17 @@ def record_of(source: Source) -> dict[str, Any]:
         return {}
     try:
         return read_record(Path(hf_hub_download(source.target, "histill.json")).parent)
-    except (EntryNotFoundError, LocalEntryNotFoundError):
+    except LocalEntryNotFoundError:  # the hub cannot be asked, and nothing was kept from an earlier time
+        warnings.warn(
+            f"hf-hub:{source.target}: the hub cannot be asked for histill.json; without it the embedding is taken to "
+            "be the class token, and the scale to be unknown",
+            stacklevel=2,
+        )
         return {}
-    except (GatedRepoError, RepositoryNotFoundError, HfHubHTTPError) as error:
-        raise ModelError(
-            "the hub refused this model", where=f"hf-hub:{source.target}", got=_first_line(error)
-        ) from None
+    except EntryNotFoundError:
+        return {}
+    except HfHubHTTPError as error:  # gated and missing repositories among them
+        raise ModelError("the hub refused this model", where=source.target, got=_first_line(error)) from None
 
 
 def _scales(value: Any) -> bool:
